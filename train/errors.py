@@ -1,0 +1,31 @@
+"""The errors that a user can mend, and how a command ends on one."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: a flag, a file, a row, a checkpoint of the wrong kind.
+
+    The message is one or two lines that name the value, the place and the remedy. A command that ends on it
+    prints just these lines and exits with code 2, see [`run_command`].
+    """
+
+
+def run_command(main: Callable[[], None], program: str) -> None:
+    """Run `main` and end the process with code 2 and the message's lines, without a traceback, on a [`UserError`].
+
+    Under a launcher only rank 0 prints, so that the lines appear once. Every other exception passes through: a
+    failure that is not the user's keeps its traceback.
+
+    Args:
+        main (`Callable`): the command's body.
+        program (`str`): the name that starts the printed line, such as `"sigphi train-siglip"`.
+    """
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{program}: error: {error}\n")
+        sys.exit(2)
