@@ -1,0 +1,145 @@
+"""Configuration of the SigLIP encoder: a ResNet image tower and a text tower."""
+
+import math
+from typing import Any, ClassVar
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, ResNetConfig
+
+from sigphi.configuration.hub_code import HubCodeMixin
+
+# The published architecture of microsoft/phi-2, the default language model and text tower.
+PHI_2: dict[str, Any] = {
+    "model_type": "phi",
+    "vocab_size": 51200,
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "resid_pdrop": 0.1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.4},
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+    "pad_token_id": None,
+}
+
+
+def text_config_from(value: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
+    """The configuration object for a text model given as an object, a dict with `model_type`, or nothing (Phi-2)."""
+    if isinstance(value, PreTrainedConfig):
+        return value
+    fields = dict(value) if value else dict(PHI_2)
+    return CONFIG_MAPPING[fields.pop("model_type", "phi")](**fields)
+
+
+class SiglipResNetVisionConfig(ResNetConfig):
+    r"""
+    Configuration of the image tower, a [`ResNetConfig`] with three more fields.
+
+    Args:
+        stem (`str`, *optional*, defaults to `"imagenet"`):
+            `"imagenet"` is the 7x7 stride-2 convolution and max pooling of ResNet (He et al., arXiv 1512.03385, table
+            1), which reduces the image by 4. `"cifar"` is one 3x3 stride-1 convolution without pooling (section 4.2),
+            for images of 32x32.
+        image_size (`int`, *optional*, defaults to `224`):
+            Height and width of the input in pixels.
+        projection_dim (`int`, *optional*, defaults to `512`):
+            Size of the image embedding.
+    """
+
+    model_type = "siglip_resnet_vision"
+    base_config_key = "vision_config"
+
+    stem: str = "imagenet"
+    image_size: int = 224
+    projection_dim: int = 512
+
+    def validate_stem(self) -> None:
+        """Check that `stem` is one that the tower knows."""
+        if self.stem not in ("imagenet", "cifar"):
+            raise ValueError(f"`stem` must be 'imagenet' or 'cifar', got {self.stem!r}.")
+
+    @property
+    def grid_size(self) -> int:
+        """Height and width, in cells, of the feature map of the last stage."""
+        strides = 2 * [2] if self.stem == "imagenet" else []
+        strides += [2] * (len(self.depths) - (0 if self.downsample_in_first_stage else 1))
+        size = self.image_size
+        for stride in strides:
+            size = math.ceil(size / stride)
+        return size
+
+
+class SiglipResNetConfig(HubCodeMixin, PreTrainedConfig):
+    r"""
+    Configuration of [`SiglipResNetModel`].
+
+    Args:
+        vision_config (`dict` or `SiglipResNetVisionConfig`, *optional*): the image tower, a ResNet-50 by default.
+        text_config (`dict` or `PreTrainedConfig`, *optional*): the text tower, any text model of transformers; Phi-2
+            by default.
+        projection_dim (`int`, *optional*, defaults to `512`): size of both embeddings.
+        text_pooling (`str`, *optional*, defaults to `"last"`): `"last"` takes the text tower's state at the last real
+            token, `"mean"` averages over the real tokens.
+        logit_scale_init_value (`float`, *optional*, defaults to `ln 10`): initial log temperature t' (Zhai et al.,
+            arXiv 2303.15343, section 3.2).
+        logit_bias_init_value (`float`, *optional*, defaults to `-10.0`): initial bias b (same section).
+        include_text_tower (`bool`, *optional*, defaults to `True`): whether the model builds and saves the text tower.
+            `False` for a frozen tower that is read from `text_model_name_or_path` when texts are to be embedded.
+        text_model_name_or_path (`str`, *optional*): repository or folder the text tower comes from.
+        text_model_revision (`str`, *optional*): its revision.
+        initializer_range (`float`, *optional*, defaults to `0.02`): standard deviation of newly made linear layers.
+    """
+
+    model_type = "siglip_resnet"
+    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": SiglipResNetVisionConfig, "text_config": AutoConfig}
+    # Trainer.compute_metrics then sees (text_embeds, image_embeds); the logits are blocks that differ between batches.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "text_model_output",
+        "vision_model_output",
+        "logits_per_image",
+        "logits_per_text",
+    ]
+    hub_auto_map: ClassVar[dict[str, str]] = {
+        "AutoConfig": "sigphi.configuration.configuration_siglip_resnet.SiglipResNetConfig",
+        "AutoModel": "sigphi.modeling.modeling_siglip_resnet.SiglipResNetModel",
+        "AutoModelForZeroShotImageClassification": "sigphi.modeling.modeling_siglip_resnet.SiglipResNetModel",
+        "AutoProcessor": "sigphi.processing.processing_siglip_resnet.SiglipResNetProcessor",
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 512
+    text_pooling: str = "last"
+    logit_scale_init_value: float = math.log(10.0)
+    logit_bias_init_value: float = -10.0
+    include_text_tower: bool = True
+    text_model_name_or_path: str | None = None
+    text_model_revision: str | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            fields = {k: v for k, v in (self.vision_config or {}).items() if k != "model_type"}
+            self.vision_config = SiglipResNetVisionConfig(**{"projection_dim": self.projection_dim, **fields})
+        self.text_config = text_config_from(self.text_config)
+        super().__post_init__(**kwargs)
+
+    def validate_text_pooling(self) -> None:
+        """Check that `text_pooling` is one that the text tower knows."""
+        if self.text_pooling not in ("last", "mean"):
+            raise ValueError(f"`text_pooling` must be 'last' or 'mean', got {self.text_pooling!r}.")
+
+    def validate_projection_dim(self) -> None:
+        """Check that both towers embed into the same space."""
+        if (
+            isinstance(self.vision_config, PreTrainedConfig)
+            and self.vision_config.projection_dim != self.projection_dim
+        ):
+            raise ValueError(
+                f"`projection_dim` is {self.projection_dim}, but `vision_config.projection_dim` is "
+                f"{self.vision_config.projection_dim}; give both the same value."
+            )
+
+
+__all__ = ["SiglipResNetConfig", "SiglipResNetVisionConfig", "text_config_from"]

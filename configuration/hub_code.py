@@ -1,0 +1,106 @@
+"""Ship the code of a custom class beside whatever `save_pretrained` writes.
+
+The classes of this package live in several folders and import each other by full name
+(`from sigphi.configuration.configuration_x import C`). A Hub repository is flat, and loading with
+`trust_remote_code=True` follows only one-dot imports (`from .configuration_x import C`). [`HubCodeMixin`] bridges the
+two when a config or a processor is saved.
+"""
+
+import ast
+import importlib.util
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+PACKAGE = "sigphi"
+_IMPORT = re.compile(rf"^(\s*from\s+){PACKAGE}(?:\.\w+)*\.(\w+)(?=\s+import\b)", re.MULTILINE)
+_MODULE = re.compile(rf"^\s*from\s+({PACKAGE}(?:\.\w+)+)\s+import\b", re.MULTILINE)
+
+
+def flatten(source: str) -> str:
+    """Rewrite `from sigphi.a.b import c` to `from .b import c` in Python `source`.
+
+    Raises:
+        ValueError: if `source` holds an import that a flat repository cannot resolve (`import sigphi.a.b`,
+            `from . import b`, `from ..a import b`).
+    """
+    flat = _IMPORT.sub(r"\1.\2", source)
+    for node in ast.walk(ast.parse(flat)):
+        if not isinstance(node, (ast.Import, ast.ImportFrom)) or _is_flat(node):
+            continue
+        raise ValueError(
+            f"line {node.lineno}: `{ast.unparse(node)}` cannot be shipped to a flat repository; "
+            f"write `from {PACKAGE}.x.y import z`"
+        )
+    return flat
+
+
+def _is_flat(node: ast.Import | ast.ImportFrom) -> bool:
+    """Whether a flat repository can resolve the import, given that ours are already rewritten."""
+    if isinstance(node, ast.Import):
+        return all(alias.name.split(".")[0] != PACKAGE for alias in node.names)
+    if node.level == 0:
+        return (node.module or "").split(".")[0] != PACKAGE
+    return node.level == 1 and node.module is not None and "." not in node.module
+
+
+def hub_files(modules: Iterable[str]) -> dict[str, str]:
+    """Flat source by file name, for `modules` (full names) and everything of this package that they import.
+
+    Raises:
+        ValueError: if two modules share a file name, or one is a package.
+    """
+    files: dict[str, str] = {}
+    seen: set[str] = set()
+    todo = list(modules)
+    while todo:
+        module = todo.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            raise ValueError(f"{module}: there is no such module to ship")
+        path = Path(spec.origin)
+        if path.name in files or path.name == "__init__.py":
+            raise ValueError(
+                f"{module}: {path.name} cannot be shipped to a flat repository (name taken, or a package)"
+            )
+        source = path.read_text(encoding="utf-8")
+        files[path.name] = flatten(source)
+        todo += _MODULE.findall(source)
+    return files
+
+
+class HubCodeMixin:
+    """First base of a config or processor class: a folder that it saves loads without this package.
+
+    `hub_auto_map` names the classes in full, by Auto class; the saved JSON's `auto_map` gets the flat names. The hook
+    sits on the config, not on the model, because `PreTrainedModel.save_pretrained` saves the config between the two
+    moments that decide which files are uploaded.
+    """
+
+    hub_auto_map: ClassVar[dict[str, str]] = {}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Save as the next base class does, with `auto_map` and the flat `.py` files beside it.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder, made where it does not exist.
+            push_to_hub (`bool`, *optional*, defaults to `False`): upload afterwards, as `push_to_hub(repo_id, ...)`.
+            kwargs: `repo_id` and the further arguments of `push_to_hub`.
+        """
+        self.auto_map = {auto: ".".join(name.split(".")[-2:]) for auto, name in self.hub_auto_map.items()}
+        saved = super().save_pretrained(save_directory)  # type: ignore[misc]
+        # A class that was itself loaded from a repository is copied by transformers.
+        if type(self).__module__.split(".")[0] == PACKAGE:
+            for name, source in hub_files(name.rpartition(".")[0] for name in self.hub_auto_map.values()).items():
+                Path(save_directory, name).write_text(source, encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)  # type: ignore[attr-defined]
+        return saved
+
+
+__all__ = ["HubCodeMixin", "flatten", "hub_files"]

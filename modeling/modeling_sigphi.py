@@ -1,0 +1,582 @@
+"""The vision-language model: a SigLIP ResNet image tower, a projector, and a causal language model."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, cached_file, is_peft_available
+from transformers.utils.generic import can_return_tuple
+
+from sigphi.configuration.configuration_sigphi import SigPhiConfig
+from sigphi.modeling.modeling_siglip_resnet import SiglipResNetVisionModel
+
+if is_peft_available():
+    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+
+LORA_FOLDER = "lora"
+LORA_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass
+class SigPhiModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    Output of [`SigPhiModel`].
+
+    Args:
+        image_hidden_states (`torch.FloatTensor` of shape `(images, num_image_tokens, hidden_size)`):
+            The soft tokens that took the placeholders' places.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class SigPhiCausalLMOutputWithPast(ModelOutput):
+    r"""
+    Output of [`SigPhiForConditionalGeneration`].
+
+    Args:
+        loss (`torch.FloatTensor`, scalar): mean cross-entropy over the supervised tokens, with `labels`.
+        logits (`torch.FloatTensor` of shape `(batch, length, vocab_size)`): scores before the softmax. `None` in
+            training mode with `labels`, where only supervised positions reach the head.
+        past_key_values (`Cache`): keys and values for decoding.
+        image_hidden_states (`torch.FloatTensor` of shape `(images, num_image_tokens, hidden_size)`): the soft tokens.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class SigPhiMultiModalProjector(nn.Module):
+    """Two linear layers from image features to the language model's embeddings (LLaVA-1.5, arXiv 2310.03744)."""
+
+    def __init__(self, config: SigPhiConfig) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(image_feature_size(config), config.text_config.hidden_size)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        # The tower may be kept in another precision than the projector, which is trained.
+        image_features = image_features.to(self.linear_1.weight.dtype)
+        return self.linear_2(self.act(self.linear_1(image_features)))  # (images, num_image_tokens, hidden_size)
+
+
+def image_feature_size(config: SigPhiConfig) -> int:
+    """Size of one image feature before the projector: the embedding's, or a feature map cell's."""
+    vision = config.vision_config
+    return vision.projection_dim if config.num_image_tokens == 1 else vision.hidden_sizes[-1]
+
+
+class SigPhiPreTrainedModel(PreTrainedModel):
+    config_class = SigPhiConfig
+    config: SigPhiConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PhiDecoderLayer", "SiglipResNetVisionModel"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SigPhiMultiModalProjector):
+            for linear in (module.linear_1, module.linear_2):
+                init.normal_(linear.weight, std=1.0 / math.sqrt(linear.in_features))
+                init.zeros_(linear.bias)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """
+        Load as transformers does; the adapter form brings its base language model along.
+
+        A folder whose config names a `base_language_model` holds only the image tower, the projector and the LoRA
+        weights. The base is then read from its own repository or folder, quantised as it was in training
+        (`config.base_bits`); `base_bits=16` or a `quantization_config` overrides that.
+
+        Raises:
+            ImportError: if the adapter form is loaded without `peft`, or a quantised base without `bitsandbytes`.
+            OSError: if the base language model cannot be read; the message names its repository and revision.
+        """
+        config = kwargs.pop("config", None)
+        if not isinstance(config, SigPhiConfig):
+            config, kwargs = SigPhiConfig.from_pretrained(
+                config or pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
+            )
+        if config.base_language_model is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        return cls._from_adapter(pretrained_model_name_or_path, config, **kwargs)
+
+    @classmethod
+    def _from_adapter(cls, folder: Any, config: SigPhiConfig, **kwargs: Any) -> Any:
+        if not is_peft_available():
+            raise ImportError(f"{folder} is in adapter form, which needs `peft`: pip install peft")
+        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        base = load_base_language_model(config, **kwargs)
+        model = SigPhiForConditionalGeneration.from_parts(config, SiglipResNetVisionModel(config.vision_config), base)
+        model.add_lora(config.lora)
+        weights = load_file(cached_file(folder, "model.safetensors", **hub))
+        weights |= model.lora_keys(load_file(cached_file(folder, f"{LORA_FOLDER}/{LORA_WEIGHTS}", **hub)))
+        model.load_adapter_weights(weights)
+        model.place_like_language_model()
+        model.eval().requires_grad_(False)
+        return model if cls is SigPhiForConditionalGeneration else model.model
+
+
+def load_base_language_model(config: SigPhiConfig, **kwargs: Any) -> PreTrainedModel:
+    """
+    The causal language model that an adapter form's config names, quantised as `config.base_bits` says.
+
+    Args:
+        config (`SigPhiConfig`): names the base, its revision and its precision.
+        kwargs: those of `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `quantization_config`, ...;
+            `revision` is the adapter's, the base has its own.
+
+    Raises:
+        OSError: if it cannot be read; the message names its repository and revision.
+    """
+    kwargs.pop("revision", None)
+    kwargs.pop("trust_remote_code", None)
+    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
+    dtype = config.dtype or torch.float32 if dtype in ("auto", None) else dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    kwargs.setdefault("quantization_config", base_quantization(config.base_bits, dtype))
+    name, revision = config.base_language_model, config.base_language_model_revision
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", dtype=dtype, **kwargs)
+    except OSError as error:
+        raise OSError(
+            f"Cannot read the base language model {name!r} (revision {revision or 'main'!r}) of this adapter form. "
+            f"Make it reachable, or pass `base_language_model=` another place that holds the same model."
+        ) from error
+
+
+def base_quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """The quantisation for a base of 4 bits (NF4, double quantisation; arXiv 2305.14314) or 8; `None` for 16."""
+    if bits == 16:
+        return None
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+class SigPhiModel(SigPhiPreTrainedModel):
+    """Image tower, projector and language model, without the head: gives hidden states."""
+
+    # A folder of the whole model loads into this class; the head is then no surprise.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
+    def __init__(self, config: SigPhiConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = SiglipResNetVisionModel(config.vision_config)
+        self.multi_modal_projector = SigPhiMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def train(self, mode: bool = True) -> "SigPhiModel":
+        """Training mode, but a frozen image tower stays in evaluation mode, so that its BatchNorm does not move."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+            self.vision_tower.eval()
+        return self
+
+    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        What the projector reads: may be computed once per image and given to `forward` as `image_features`.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(images, 3, height, width)`): normalised images.
+
+        Returns:
+            `torch.Tensor` of shape `(images, num_image_tokens, feature_size)`: the L2-normalised embedding times the
+            square root of its size (so that its entries have unit variance), or the averaged feature map's cells.
+        """
+        outputs = self.vision_tower(pixel_values)
+        if self.config.num_image_tokens == 1:
+            embeds = F.normalize(outputs.pooler_output.float(), dim=-1)  # (images, projection_dim)
+            return embeds.unsqueeze(1) * math.sqrt(embeds.shape[-1])  # (images, 1, projection_dim)
+        side = math.isqrt(self.config.num_image_tokens)
+        grid = F.adaptive_avg_pool2d(outputs.last_hidden_state, side)  # (images, channels, side, side)
+        return grid.flatten(2).transpose(1, 2)  # (images, side * side, channels)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """The soft tokens of images, as `pooler_output` of shape `(images, num_image_tokens, hidden_size)`."""
+        features = self.get_vision_features(pixel_values)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features, pooler_output=self.multi_modal_projector(features)
+        )
+
+    def get_placeholder_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Where the image placeholders are, `(batch, length)`; from the embeddings where there are no ids."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings `(batch, length, hidden_size)` of text tokens.
+
+        Placeholders and padding take the row of token 0: their embedding is replaced or masked, and their ids may lie
+        past the end of a language model's embedding, which then needs no resizing.
+        """
+        unused = input_ids == self.config.image_token_id
+        if self.config.pad_token_id is not None:
+            unused = unused | (input_ids == self.config.pad_token_id)
+        return self.get_input_embeddings()(input_ids.masked_fill(unused, 0))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_features: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Any,
+    ) -> SigPhiModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): tokens, with `config.num_image_tokens`
+                placeholders (`config.image_token_id`) for each image.
+            pixel_values (`torch.FloatTensor` of shape `(images, 3, height, width)`, *optional*): normalised images.
+            image_features (`torch.FloatTensor` of shape `(images, num_image_tokens, feature_size)`, *optional*):
+                the result of [`~SigPhiModel.get_vision_features`], instead of `pixel_values`.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*): instead of
+                `input_ids`.
+
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, and if the number of placeholders
+                is not the number of soft tokens.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("Give `pixel_values` or `image_features`, not both.")
+        placeholders = self.get_placeholder_mask(input_ids, inputs_embeds)  # (batch, length)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_text(input_ids)  # (batch, length, hidden_size)
+        if pixel_values is not None:
+            image_features = self.get_vision_features(pixel_values)
+        soft_tokens = None
+        if image_features is not None:
+            soft_tokens = self.multi_modal_projector(image_features)  # (images, num_image_tokens, hidden_size)
+            soft_tokens = soft_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        if is_prefill or soft_tokens is not None:
+            _check_placeholders(placeholders, soft_tokens)
+        if soft_tokens is not None:
+            inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), soft_tokens)
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return SigPhiModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=soft_tokens,
+        )
+
+
+def _check_placeholders(placeholders: torch.Tensor, soft_tokens: torch.Tensor | None) -> None:
+    """An image that does not reach the language model, or a placeholder without an image, is an error."""
+    if torch.compiler.is_compiling():  # the count would break the graph; masked_scatter still fails when it is short
+        return
+    expected = 0 if soft_tokens is None else soft_tokens.shape[0] * soft_tokens.shape[1]
+    found = int(placeholders.sum())
+    if found != expected:
+        images = 0 if soft_tokens is None else soft_tokens.shape[0]
+        raise ValueError(
+            f"Image features and image tokens do not match: {images} images give {expected} features, but the text has "
+            f"{found} image tokens. Use the processor of this model, and give each text its image."
+        )
+
+
+class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
+    """
+    The vision-language model with its head: answers questions about images.
+
+    ```python
+    >>> inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    >>> processor.decode(model.generate(**inputs)[0], skip_special_tokens=True)
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: SigPhiConfig) -> None:
+        super().__init__(config)
+        self.model = SigPhiModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls, config: SigPhiConfig, vision_tower: SiglipResNetVisionModel, language_model: PreTrainedModel
+    ) -> "SigPhiForConditionalGeneration":
+        """
+        Put a trained image tower and a causal language model together; only the projector is new.
+
+        The parts keep their precision, device and quantisation.
+
+        Args:
+            config (`SigPhiConfig`): its `vision_config` and `text_config` describe the parts.
+            vision_tower (`SiglipResNetVisionModel`): the image tower.
+            language_model (`PreTrainedModel`): a `...ForCausalLM` of transformers.
+        """
+        projector = SigPhiMultiModalProjector(config)
+        with torch.device("meta"):
+            model = cls(config)
+        model.model.vision_tower = vision_tower
+        model.model.multi_modal_projector = projector
+        model.model.language_model = language_model.base_model
+        model.lm_head = language_model.get_output_embeddings()
+        model._init_weights(projector)
+        model.place_like_language_model()
+        model.generation_config = language_model.generation_config
+        model.generation_config.pad_token_id = config.pad_token_id
+        # The head has rows for tokens that are no text; one of them in an answer would be read as an image.
+        rows = config.text_config.vocab_size
+        suppressed = [
+            token for token in (config.image_token_id, config.pad_token_id) if token is not None and token < rows
+        ]
+        model.generation_config.suppress_tokens = suppressed or None
+        return model
+
+    def place_like_language_model(self) -> None:
+        """Move image tower and projector to where the language model's embedding is."""
+        device = self.get_input_embeddings().weight.device
+        self.model.vision_tower.to(device)
+        self.model.multi_modal_projector.to(device)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+        """See [`SigPhiModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict:
+        """Precomputed image features belong to the prompt alone, as `pixel_values` do."""
+        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs.pop("image_features", None)
+        return inputs
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_features: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> SigPhiCausalLMOutputWithPast:
+        """
+        As [`SigPhiModel.forward`], and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): the token ids of the supervised
+                positions, -100 elsewhere. Only these positions reach the head in training.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to `0`): logits only for the last so many
+                positions, or for these; 0 is all.
+
+        Raises:
+            ValueError: if `labels` has no supervised token, and as [`SigPhiModel.forward`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_features=image_features,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **{name: value for name, value in kwargs.items() if name != "num_items_in_batch"},
+        )
+        hidden_states = outputs.last_hidden_state  # (batch, length, hidden_size)
+        loss = logits = None
+        if labels is not None:
+            loss = self._supervised_loss(hidden_states, labels, kwargs.get("num_items_in_batch"))
+        if labels is None or not self.training:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, keep, :])  # (batch, kept, vocab_size)
+        return SigPhiCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _supervised_loss(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        targets = labels[:, 1:]  # (batch, length - 1)
+        supervised = targets != -100
+        targets = targets[supervised]  # (supervised,)
+        if targets.numel() == 0:
+            raise ValueError(
+                f"`labels` of shape {tuple(labels.shape)} has no supervised token (all are -100): there is no answer to "
+                f"learn from in this batch."
+            )
+        logits = self.lm_head(hidden_states[:, :-1][supervised])  # (supervised, vocab_size)
+        return self.loss_function(
+            logits=logits,
+            labels=None,
+            shift_labels=targets,
+            vocab_size=logits.shape[-1],
+            num_items_in_batch=num_items_in_batch,
+        )
+
+    # Adapter form ------------------------------------------------------------------------------------------------
+
+    def add_lora(self, lora: dict[str, Any]) -> None:
+        """
+        Put LoRA layers into the language model, and freeze everything else of it.
+
+        Args:
+            lora (`dict`): the arguments of `peft.LoraConfig`; `target_modules` are names inside the language model.
+        """
+        inject_adapter_in_model(LoraConfig(**lora), self.model.language_model)
+        self.config.lora = dict(lora)
+
+    def lora_keys(self, peft_state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Rename a PEFT file's keys, which are relative to the base language model, to this model's."""
+        prefix = f"base_model.model.{self._base_prefix()}"
+        return {name.replace(prefix, "model.language_model.", 1): tensor for name, tensor in peft_state_dict.items()}
+
+    def load_adapter_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """
+        Read image tower, projector and LoRA weights; every tensor must have its place, and every place its tensor.
+
+        Args:
+            weights (`dict`): tensors by the names that the adapter form saves, those of LoRA as `lora_keys` gives them.
+
+        Raises:
+            ValueError: if a name is missing or unexpected.
+        """
+        prefix = "model.language_model."
+        own = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
+        lora = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        expected_own = {name for name in self.state_dict() if _is_own(name)}
+        expected_lora = set(get_peft_model_state_dict(self.model.language_model, adapter_name="default"))
+        wrong = (set(own) ^ expected_own) | (set(lora) ^ expected_lora)
+        if wrong:
+            raise ValueError(
+                f"These weights do not fit the model's adapter form: {sorted(wrong)[:5]} ({len(wrong)} in all)"
+            )
+        self.load_state_dict(own, strict=False)
+        set_peft_model_state_dict(self.model.language_model, lora, adapter_name="default")
+
+    def save_pretrained(self, save_directory: Any, state_dict: dict | None = None, **kwargs: Any) -> None:
+        """
+        Save as transformers does; a model with LoRA layers in the adapter form, which holds no base weights.
+
+        The LoRA weights go to `lora/` as PEFT writes them for the base language model itself, so that
+        `PeftModel.from_pretrained(base, folder, subfolder="lora")` reads them too.
+        """
+        if self.config.lora is None:
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+            return
+        if kwargs.get("is_main_process", True):
+            self._save_lora(os.path.join(save_directory, LORA_FOLDER), state_dict)
+        own = {name: tensor for name, tensor in (state_dict or self.state_dict()).items() if _is_own(name)}
+        super().save_pretrained(save_directory, state_dict=own, **kwargs)
+
+    def _save_lora(self, folder: str, state_dict: dict | None) -> None:
+        os.makedirs(folder, exist_ok=True)
+        lora = LoraConfig(**self.config.lora, task_type="CAUSAL_LM", inference_mode=True)
+        lora.base_model_name_or_path = self.config.base_language_model
+        lora.revision = self.config.base_language_model_revision
+        lora.save_pretrained(folder)
+        prefix = "model.language_model."
+        if state_dict is not None:
+            state_dict = {n.removeprefix(prefix): t for n, t in state_dict.items() if n.startswith(prefix)}
+        tensors = get_peft_model_state_dict(self.model.language_model, state_dict=state_dict, adapter_name="default")
+        names = {f"base_model.model.{self._base_prefix()}{name}": t.contiguous() for name, t in tensors.items()}
+        save_file(names, os.path.join(folder, LORA_WEIGHTS), metadata={"format": "pt"})
+
+    def _base_prefix(self) -> str:
+        """What the base causal language model calls the part that `language_model` is, as `"model."`."""
+        return f"{self.model.language_model.base_model_prefix}."
+
+    def merge_lora(self) -> "SigPhiForConditionalGeneration":
+        """Fold the LoRA weights into the language model's own and forget the base: the merged form, in place."""
+        for name, module in list(self.model.language_model.named_modules()):
+            if isinstance(module, LoraLayer):
+                module.merge(safe_merge=True)
+                self.model.language_model.set_submodule(name, module.get_base_layer())
+        self.config.lora = self.config.base_language_model = self.config.base_language_model_revision = None
+        self.config.base_bits = 16
+        return self
+
+
+def _is_own(name: str) -> bool:
+    """Whether a weight belongs to the adapter form's own file: image tower and projector."""
+    return name.startswith(("model.vision_tower.", "model.multi_modal_projector."))
+
+
+__all__ = [
+    "SigPhiForConditionalGeneration",
+    "SigPhiModel",
+    "SigPhiMultiModalProjector",
+    "SigPhiPreTrainedModel",
+    "base_quantization",
+    "load_base_language_model",
+]

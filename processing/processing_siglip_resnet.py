@@ -1,0 +1,71 @@
+"""Processor of the SigLIP encoder."""
+
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image, ImageOps
+from transformers import ProcessorMixin
+
+from sigphi.configuration.hub_code import HubCodeMixin
+
+
+def to_rgb(image: Any) -> Any:
+    """
+    Bring a PIL image of any mode to RGB as a viewer shows it; anything else (arrays, tensors, paths) is returned as it is.
+
+    The EXIF orientation is applied, transparency is laid over white, and 16-bit and floating point gray values are scaled
+    to 8 bits (by their mode's range, or by the image's own where the mode has none).
+    """
+    if not isinstance(image, Image.Image):
+        return image
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float32)
+        is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and 0 <= values.min() and values.max() < 65536)
+        low, high = (0.0, 65535.0) if is_16_bit else (float(values.min()), float(values.max()))
+        image = Image.fromarray(np.uint8(255 * (values - low) / max(high - low, 1e-12)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def all_to_rgb(images: Any) -> Any:
+    """[`to_rgb`] for an image or nested lists of images."""
+    if isinstance(images, (list, tuple)):
+        return [all_to_rgb(image) for image in images]
+    return to_rgb(images)
+
+
+class SiglipResNetProcessor(HubCodeMixin, ProcessorMixin):
+    r"""
+    An image processor and a tokenizer.
+
+    Args:
+        image_processor (`SiglipImageProcessor`): resizes and normalises images.
+        tokenizer (`PreTrainedTokenizerFast`): the text tower's, with a padding token.
+    """
+
+    hub_auto_map: ClassVar[dict[str, str]] = {
+        "AutoProcessor": "sigphi.processing.processing_siglip_resnet.SiglipResNetProcessor"
+    }
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """
+        Prepare images, texts, or both.
+
+        Args:
+            images: one image or a list; pictures of any mode and EXIF orientation are brought to RGB.
+            text (`str` or `list[str]`, *optional*): one text or a list.
+
+        Returns:
+            `BatchFeature`: `pixel_values` of shape `(images, 3, height, width)`, float32; `input_ids` and
+            `attention_mask` of shape `(texts, length)`.
+        """
+        return super().__call__(images=all_to_rgb(images), text=text, **kwargs)
+
+
+__all__ = ["SiglipResNetProcessor", "all_to_rgb", "to_rgb"]
