@@ -1,9 +1,11 @@
 """Configuration of the SigLIP encoder: a ResNet image tower and a text tower."""
 
+import copy
 import math
 from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, ResNetConfig
+from transformers.configuration_utils import strict
 
 from sigphi.configuration.hub_code import HubCodeMixin
 
@@ -27,11 +29,13 @@ PHI_2: dict[str, Any] = {
 def text_config_from(value: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
     """The configuration object for a text model given as an object, a dict with `model_type`, or nothing (Phi-2)."""
     if isinstance(value, PreTrainedConfig):
-        return value
-    fields = dict(value) if value else dict(PHI_2)
+        # A composite config resets the attention implementation of its parts, and the value may be a live model's.
+        return copy.deepcopy(value)
+    fields = copy.deepcopy(dict(value) if value else PHI_2)
     return CONFIG_MAPPING[fields.pop("model_type", "phi")](**fields)
 
 
+@strict
 class SiglipResNetVisionConfig(ResNetConfig):
     r"""
     Configuration of the image tower, a [`ResNetConfig`] with three more fields.
@@ -70,6 +74,7 @@ class SiglipResNetVisionConfig(ResNetConfig):
         return size
 
 
+@strict
 class SiglipResNetConfig(HubCodeMixin, PreTrainedConfig):
     r"""
     Configuration of [`SiglipResNetModel`].
@@ -111,8 +116,8 @@ class SiglipResNetConfig(HubCodeMixin, PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 512
     text_pooling: str = "last"
-    logit_scale_init_value: float = math.log(10.0)
-    logit_bias_init_value: float = -10.0
+    logit_scale_init_value: float | int = math.log(10.0)
+    logit_bias_init_value: float | int = -10.0
     include_text_tower: bool = True
     text_model_name_or_path: str | None = None
     text_model_revision: str | None = None

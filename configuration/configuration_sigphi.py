@@ -4,11 +4,13 @@ import math
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import strict
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetVisionConfig, text_config_from
 from sigphi.configuration.hub_code import HubCodeMixin
 
 
+@strict
 class SigPhiConfig(HubCodeMixin, PreTrainedConfig):
     r"""
     Configuration of [`SigPhiModel`] and [`SigPhiForConditionalGeneration`].

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoModel, PreTrainedModel, ResNetModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -23,6 +24,7 @@ def sigmoid_loss(
     logit_scale: torch.Tensor,
     logit_bias: torch.Tensor,
     positives: torch.Tensor | None = None,
+    ignored: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
     Pairwise sigmoid loss (Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, equation 1).
@@ -38,12 +40,15 @@ def sigmoid_loss(
         positives (`torch.BoolTensor` of shape `(images, texts)`, *optional*):
             Which pairs belong together. An image may have several texts and a text several images. Without it, image
             i belongs to text i alone.
+        ignored (`torch.BoolTensor` of shape `(images, texts)`, *optional*):
+            Pairs that count neither way, because nobody knows whether they belong together.
 
     Returns:
         `torch.Tensor`: the scalar loss, float32.
 
     Raises:
-        ValueError: if `positives` has another shape than `(images, texts)`, or is left out while the numbers differ.
+        ValueError: if `positives` or `ignored` has another shape than `(images, texts)`, or `positives` is left out
+            while the numbers differ.
     """
     logits = pairwise_logits(image_embeds, text_embeds, logit_scale, logit_bias)  # (images, texts)
     if positives is None:
@@ -53,12 +58,16 @@ def sigmoid_loss(
                 f"{logits.shape[1]} texts."
             )
         positives = torch.eye(logits.shape[0], dtype=torch.bool, device=logits.device)
-    if positives.shape != logits.shape:
-        raise ValueError(
-            f"`positives` must have the shape (images, texts) = {tuple(logits.shape)}, got {tuple(positives.shape)}."
-        )
+    for name, mask in (("positives", positives), ("ignored", ignored)):
+        if mask is not None and mask.shape != logits.shape:
+            raise ValueError(
+                f"`{name}` must have the shape (images, texts) = {tuple(logits.shape)}, got {tuple(mask.shape)}."
+            )
     signs = torch.where(positives, 1.0, -1.0)  # (images, texts)
-    return -F.logsigmoid(signs * logits).sum() / logits.shape[0]
+    losses = -F.logsigmoid(signs * logits)  # (images, texts)
+    if ignored is not None:
+        losses = losses.masked_fill(ignored, 0.0)
+    return losses.sum() / logits.shape[0]
 
 
 def pairwise_logits(
@@ -141,16 +150,17 @@ def keep_batch_norm_statistics(module: nn.Module) -> Iterator[None]:
 
     Gradient checkpointing runs the forward pass twice; without this the statistics would move twice a step.
     """
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-    saved = [norm.track_running_stats for norm in norms]
-    # In training mode a BatchNorm that tracks nothing still normalises by the batch, with the same numbers.
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    saved = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    # Without momentum the new value is the old one; no buffer is replaced, because the backward pass has saved them.
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, track in zip(norms, saved, strict=True):
-            norm.track_running_stats = track
+        for norm, (momentum, count) in zip(norms, saved, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 class SiglipResNetVisionModel(ResNetModel):
@@ -204,6 +214,10 @@ class SiglipResNetVisionModel(ResNetModel):
         )
 
 
+class ScaleKeepingLinear(nn.Linear):
+    """A linear layer whose weights start with variance 1 / in_features: its output has the scale of its input."""
+
+
 class SiglipResNetPreTrainedModel(PreTrainedModel):
     config_class = SiglipResNetConfig
     config: SiglipResNetConfig
@@ -221,9 +235,8 @@ class SiglipResNetPreTrainedModel(PreTrainedModel):
         if isinstance(module, SiglipResNetModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
             init.constant_(module.logit_bias, self.config.logit_bias_init_value)
-        elif isinstance(module, SiglipResNetTextModel):
-            # The scale of the tower's states is unknown; a unit-variance projection keeps it.
-            init.normal_(module.projection.weight, std=1.0 / math.sqrt(module.projection.in_features))
+        elif isinstance(module, ScaleKeepingLinear):
+            init.normal_(module.weight, std=1.0 / math.sqrt(module.in_features))
 
 
 class SiglipResNetTextModel(SiglipResNetPreTrainedModel):
@@ -232,7 +245,8 @@ class SiglipResNetTextModel(SiglipResNetPreTrainedModel):
     def __init__(self, config: SiglipResNetConfig) -> None:
         super().__init__(config)
         self.language_model = AutoModel.from_config(config.text_config) if config.include_text_tower else None
-        self.projection = nn.Linear(config.text_config.hidden_size, config.projection_dim)
+        # The scale of the text tower's states is unknown.
+        self.projection = ScaleKeepingLinear(config.text_config.hidden_size, config.projection_dim)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -256,16 +270,28 @@ class SiglipResNetTextModel(SiglipResNetPreTrainedModel):
         Raises:
             ValueError: if the text tower is not loaded, or a text has no real token.
         """
+        hidden_states, pooled = self.pool(input_ids, attention_mask)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=self.project(pooled))
+
+    def pool(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tower's states `(texts, length, hidden_size)`, and what the projection reads of them.
+
+        The second, of shape `(texts, hidden_size)`, may be computed once per text while the tower is frozen, and given
+        to [`SiglipResNetModel.forward`] as `text_features`.
+        """
         tower = self._tower()
         input_ids, attention_mask, last = right_padded(input_ids, attention_mask)
         hidden_states = tower(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (t, length, h)
         if self.config.text_pooling == "last":
-            pooled = hidden_states[torch.arange(len(last), device=last.device), last]  # (texts, hidden_size)
-        else:
-            weights = attention_mask.unsqueeze(-1).to(hidden_states.dtype)  # (texts, length, 1)
-            pooled = (hidden_states * weights).sum(1) / weights.sum(1)  # (texts, hidden_size)
-        projected = self.projection(pooled.to(self.projection.weight.dtype))
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=projected)
+            return hidden_states, hidden_states[torch.arange(len(last), device=last.device), last]
+        weights = attention_mask.unsqueeze(-1).to(hidden_states.dtype)  # (texts, length, 1)
+        return hidden_states, (hidden_states * weights).sum(1) / weights.sum(1)
+
+    def project(self, pooled: torch.Tensor) -> torch.Tensor:
+        """From pooled states `(texts, hidden_size)` to embeddings `(texts, projection_dim)`, not normalised."""
+        return self.projection(pooled.to(self.projection.weight.dtype))
 
     def _tower(self) -> PreTrainedModel:
         if self.language_model is None:
@@ -353,7 +379,9 @@ class SiglipResNetModel(SiglipResNetPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        text_features: torch.Tensor | None = None,
         positives: torch.Tensor | None = None,
+        ignored: torch.Tensor | None = None,
         return_loss: bool | None = None,
         **kwargs: Any,
     ) -> SiglipResNetOutput:
@@ -364,15 +392,20 @@ class SiglipResNetModel(SiglipResNetPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(texts, length)`, *optional*): token ids.
             pixel_values (`torch.FloatTensor` of shape `(images, 3, height, width)`, *optional*): normalised images.
             attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*): 1 for real tokens.
-            positives (`torch.BoolTensor` of shape `(images, texts)`, *optional*): see [`sigmoid_loss`].
+            text_features (`torch.FloatTensor` of shape `(texts, hidden_size)`, *optional*): the pooled states that
+                [`SiglipResNetTextModel.pool`] gives, instead of `input_ids`.
+            positives, ignored (`torch.BoolTensor` of shape `(images, texts)`, *optional*): see [`sigmoid_loss`].
             return_loss (`bool`, *optional*): whether to compute the loss; needs both modalities.
 
         Raises:
-            ValueError: if neither modality is given, or one is missing for the loss.
+            ValueError: if neither modality is given, one is missing for the loss, or texts are given twice.
         """
-        if pixel_values is None and input_ids is None:
+        if input_ids is not None and text_features is not None:
+            raise ValueError("Give `input_ids` or `text_features`, not both.")
+        has_text = input_ids is not None or text_features is not None
+        if pixel_values is None and not has_text:
             raise ValueError("Give `pixel_values`, `input_ids`, or both.")
-        if return_loss and (pixel_values is None or input_ids is None):
+        if return_loss and (pixel_values is None or not has_text):
             raise ValueError("`return_loss=True` needs both `pixel_values` and `input_ids`.")
         vision = text = image_embeds = text_embeds = logits_per_image = loss = None
         if pixel_values is not None:
@@ -380,11 +413,14 @@ class SiglipResNetModel(SiglipResNetPreTrainedModel):
             image_embeds = F.normalize(vision.pooler_output.float(), dim=-1)  # (images, projection_dim)
         if input_ids is not None:
             text = self.get_text_features(input_ids, attention_mask)
+        elif text_features is not None:
+            text = BaseModelOutputWithPooling(pooler_output=self.text_model.project(text_features))
+        if text is not None:
             text_embeds = F.normalize(text.pooler_output.float(), dim=-1)  # (texts, projection_dim)
         if image_embeds is not None and text_embeds is not None:
             logits_per_image = pairwise_logits(image_embeds, text_embeds, self.logit_scale, self.logit_bias)
         if return_loss:
-            loss = sigmoid_loss(image_embeds, text_embeds, self.logit_scale, self.logit_bias, positives)
+            loss = sigmoid_loss(image_embeds, text_embeds, self.logit_scale, self.logit_bias, positives, ignored)
         return SiglipResNetOutput(
             loss=loss,
             logits_per_image=logits_per_image,
@@ -407,6 +443,7 @@ class SiglipResNetModel(SiglipResNetPreTrainedModel):
 
 
 __all__ = [
+    "ScaleKeepingLinear",
     "SiglipResNetModel",
     "SiglipResNetOutput",
     "SiglipResNetPreTrainedModel",

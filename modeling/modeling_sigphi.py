@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -18,7 +25,7 @@ from transformers.utils import ModelOutput, cached_file, is_peft_available
 from transformers.utils.generic import can_return_tuple
 
 from sigphi.configuration.configuration_sigphi import SigPhiConfig
-from sigphi.modeling.modeling_siglip_resnet import SiglipResNetVisionModel
+from sigphi.modeling.modeling_siglip_resnet import ScaleKeepingLinear, SiglipResNetVisionModel
 
 if is_peft_available():
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -67,9 +74,9 @@ class SigPhiMultiModalProjector(nn.Module):
 
     def __init__(self, config: SigPhiConfig) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(image_feature_size(config), config.text_config.hidden_size)
+        self.linear_1 = ScaleKeepingLinear(image_feature_size(config), config.text_config.hidden_size)
         self.act = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
+        self.linear_2 = ScaleKeepingLinear(config.text_config.hidden_size, config.text_config.hidden_size)
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         # The tower may be kept in another precision than the projector, which is trained.
@@ -99,10 +106,8 @@ class SigPhiPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, SigPhiMultiModalProjector):
-            for linear in (module.linear_1, module.linear_2):
-                init.normal_(linear.weight, std=1.0 / math.sqrt(linear.in_features))
-                init.zeros_(linear.bias)
+        if isinstance(module, ScaleKeepingLinear):
+            init.normal_(module.weight, std=1.0 / math.sqrt(module.in_features))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -118,7 +123,8 @@ class SigPhiPreTrainedModel(PreTrainedModel):
             OSError: if the base language model cannot be read; the message names its repository and revision.
         """
         config = kwargs.pop("config", None)
-        if not isinstance(config, SigPhiConfig):
+        # Not SigPhiConfig: of code that comes with a folder, AutoConfig and the model import a copy each.
+        if not isinstance(config, PreTrainedConfig):
             config, kwargs = SigPhiConfig.from_pretrained(
                 config or pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
@@ -131,8 +137,13 @@ class SigPhiPreTrainedModel(PreTrainedModel):
         if not is_peft_available():
             raise ImportError(f"{folder} is in adapter form, which needs `peft`: pip install peft")
         hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
-        base = load_base_language_model(config, **kwargs)
-        model = SigPhiForConditionalGeneration.from_parts(config, SiglipResNetVisionModel(config.vision_config), base)
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
+        dtype = config.dtype or torch.float32 if dtype in ("auto", None) else dtype
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        base = load_base_language_model(config, dtype, **kwargs)
+        vision_tower = SiglipResNetVisionModel(config.vision_config).to(dtype)
+        model = SigPhiForConditionalGeneration.from_parts(config, vision_tower, base)
+        model.model.multi_modal_projector.to(dtype)
         model.add_lora(config.lora)
         weights = load_file(cached_file(folder, "model.safetensors", **hub))
         weights |= model.lora_keys(load_file(cached_file(folder, f"{LORA_FOLDER}/{LORA_WEIGHTS}", **hub)))
@@ -142,24 +153,25 @@ class SigPhiPreTrainedModel(PreTrainedModel):
         return model if cls is SigPhiForConditionalGeneration else model.model
 
 
-def load_base_language_model(config: SigPhiConfig, **kwargs: Any) -> PreTrainedModel:
+def load_base_language_model(config: SigPhiConfig, dtype: torch.dtype, **kwargs: Any) -> PreTrainedModel:
     """
     The causal language model that an adapter form's config names, quantised as `config.base_bits` says.
 
     Args:
         config (`SigPhiConfig`): names the base, its revision and its precision.
-        kwargs: those of `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `quantization_config`, ...;
-            `revision` is the adapter's, the base has its own.
+        dtype (`torch.dtype`): of its weights that are not quantised, and of the arithmetic on those that are.
+        kwargs: those of `from_pretrained`: `device_map`, `attn_implementation`, `quantization_config`, ...; `revision`
+            is the adapter's, the base has its own.
 
     Raises:
         OSError: if it cannot be read; the message names its repository and revision.
     """
-    kwargs.pop("revision", None)
-    kwargs.pop("trust_remote_code", None)
-    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
-    dtype = config.dtype or torch.float32 if dtype in ("auto", None) else dtype
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    # `adapter_kwargs` is where the Auto classes note the commit.
+    for key in ("revision", "code_revision", "trust_remote_code", "_commit_hash", "_from_auto", "adapter_kwargs"):
+        kwargs.pop(key, None)
     kwargs.setdefault("quantization_config", base_quantization(config.base_bits, dtype))
+    # Reading the config has taken `attn_implementation` out of the arguments.
+    kwargs.setdefault("attn_implementation", config.text_config._attn_implementation)
     name, revision = config.base_language_model, config.base_language_model_revision
     try:
         return AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", dtype=dtype, **kwargs)
@@ -369,7 +381,7 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
         model.model.multi_modal_projector = projector
         model.model.language_model = language_model.base_model
         model.lm_head = language_model.get_output_embeddings()
-        model._init_weights(projector)
+        projector.apply(model._init_weights)
         model.place_like_language_model()
         model.generation_config = language_model.generation_config
         model.generation_config.pad_token_id = config.pad_token_id
@@ -524,7 +536,9 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
         self.load_state_dict(own, strict=False)
         set_peft_model_state_dict(self.model.language_model, lora, adapter_name="default")
 
-    def save_pretrained(self, save_directory: Any, state_dict: dict | None = None, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: Any, state_dict: dict | None = None, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """
         Save as transformers does; a model with LoRA layers in the adapter form, which holds no base weights.
 
@@ -532,12 +546,17 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
         `PeftModel.from_pretrained(base, folder, subfolder="lora")` reads them too.
         """
         if self.config.lora is None:
-            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+            super().save_pretrained(save_directory, state_dict=state_dict, push_to_hub=push_to_hub, **kwargs)
             return
         if kwargs.get("is_main_process", True):
             self._save_lora(os.path.join(save_directory, LORA_FOLDER), state_dict)
         own = {name: tensor for name, tensor in (state_dict or self.state_dict()).items() if _is_own(name)}
-        super().save_pretrained(save_directory, state_dict=own, **kwargs)
+        if not push_to_hub:
+            super().save_pretrained(save_directory, state_dict=own, **kwargs)
+            return
+        super().save_pretrained(save_directory, state_dict=own)
+        # There transformers would upload only what it has written itself.
+        self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)
 
     def _save_lora(self, folder: str, state_dict: dict | None) -> None:
         os.makedirs(folder, exist_ok=True)

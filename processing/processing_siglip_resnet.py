@@ -1,5 +1,6 @@
 """Processor of the SigLIP encoder."""
 
+import os
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,11 +12,15 @@ from sigphi.configuration.hub_code import HubCodeMixin
 
 def to_rgb(image: Any) -> Any:
     """
-    Bring a PIL image of any mode to RGB as a viewer shows it; anything else (arrays, tensors, paths) is returned as it is.
+    Bring a PIL image of any mode, or an image file, to RGB as a viewer shows it.
 
-    The EXIF orientation is applied, transparency is laid over white, and 16-bit and floating point gray values are scaled
-    to 8 bits (by their mode's range, or by the image's own where the mode has none).
+    The EXIF orientation is applied, transparency is laid over white, and 16-bit and floating point gray values are
+    scaled to 8 bits (by their mode's range, or by the image's own where the mode has none). Anything else (arrays,
+    tensors, URLs) is returned as it is.
     """
+    if isinstance(image, (str, os.PathLike)) and os.path.isfile(image):
+        with Image.open(image) as opened:
+            return to_rgb(opened)
     if not isinstance(image, Image.Image):
         return image
     image = ImageOps.exif_transpose(image)

@@ -34,7 +34,8 @@ class SigPhiProcessor(HubCodeMixin, ProcessorMixin):
 
     Args:
         image_processor (`SiglipImageProcessor`): resizes and normalises images.
-        tokenizer (`PreTrainedTokenizerFast`): the language model's, with `image_token` and a padding token.
+        tokenizer (`PreTrainedTokenizerFast`): the language model's, with `image_token` and a padding token; it is
+            made to pad on the left.
         chat_template (`str`, *optional*): a Jinja template; by default `Question: ...\nAnswer: ...` turns.
         image_token (`str`, *optional*, defaults to `"<image>"`): the placeholder in texts.
         num_image_tokens (`int`, *optional*, defaults to `1`): how many placeholders one image becomes.
@@ -54,6 +55,8 @@ class SigPhiProcessor(HubCodeMixin, ProcessorMixin):
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.num_image_tokens = num_image_tokens
+        # Answers continue the text at its right end. Tokenizers save no padding side, so each processor sets it anew.
+        tokenizer.padding_side = "left"
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
@@ -61,7 +64,8 @@ class SigPhiProcessor(HubCodeMixin, ProcessorMixin):
         Prepare texts with an image each.
 
         Args:
-            images: one image or a list, one for each text; pictures of any mode and EXIF orientation are brought to RGB.
+            images: one image or a list, one for each text; pictures of any mode and EXIF orientation are brought to
+                RGB.
             text (`str` or `list[str]`): texts that hold `image_token` once.
 
         Returns:

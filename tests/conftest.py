@@ -1,0 +1,283 @@
+"""Models, tokenizers and images made in code: nothing is downloaded, and every test gets its own copy."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Read once, when transformers is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast, SiglipImageProcessor
+
+from sigphi import (
+    SiglipResNetConfig,
+    SiglipResNetModel,
+    SiglipResNetProcessor,
+    SigPhiConfig,
+    SigPhiForConditionalGeneration,
+    SigPhiProcessor,
+)
+
+# One thread here and in child processes: a sum in another order differs in the last bit.
+torch.set_num_threads(1)
+
+SENTENCES = [
+    "Question: What is the object in the image?\nAnswer: The object is a cat.",
+    "Question: What color is the dog?\nAnswer: The dog is brown.",
+    "Question: Is this a ship, a truck or an airplane?\nAnswer: It is a ship on the blue sea.",
+    "A small frog sits on a green leaf. A deer stands in the forest. A horse runs across a field.",
+]
+
+# 64 is what bitsandbytes' 4-bit kernels for CPUs need, and what the zero-shot pipeline pads texts to.
+TEXT_CONFIG: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    # Ten times the usual one, so that random weights give answers that depend on the question and on the image.
+    "initializer_range": 0.2,
+}
+VISION_CONFIG: dict[str, Any] = {
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
+    "layer_type": "basic",
+    "stem": "cifar",
+    "image_size": 32,
+    "projection_dim": 32,
+}
+LORA: dict[str, Any] = {
+    "r": 4,
+    "lora_alpha": 8,
+    "use_rslora": True,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Every test draws the same random numbers, alone or among others."""
+    torch.manual_seed(0)
+    yield
+
+
+def randomize(model: nn.Module) -> None:
+    """Give BatchNorm statistics and biases values that a test can tell from those of a new model."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") and "lora" not in name and parameter.dim() == 1:
+            nn.init.normal_(parameter, std=0.1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(SENTENCES, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>", model_max_length=128
+    )
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})
+    return tokenizer
+
+
+def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """The special tokens of a text config for this tokenizer."""
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+@pytest.fixture(scope="session")
+def shared() -> dict[str, Any]:
+    """The originals, made once; tests get copies by the fixtures below."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    text_config = PhiConfig(**TEXT_CONFIG, **token_ids(tokenizer))
+    encoder = SiglipResNetModel(
+        SiglipResNetConfig(vision_config=VISION_CONFIG, text_config=copy.deepcopy(text_config), projection_dim=32)
+    ).eval()
+    language_model = PhiForCausalLM(text_config).eval()
+    randomize(encoder)
+    randomize(language_model)
+    image_processor = SiglipImageProcessor(size={"height": 32, "width": 32})
+    return {
+        "tokenizer": tokenizer,
+        "image_processor": image_processor,
+        "encoder": encoder,
+        "language_model": language_model,
+    }
+
+
+@pytest.fixture
+def tokenizer(shared: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with `<|endoftext|>`, `<pad>` and `<image>`."""
+    return copy.deepcopy(shared["tokenizer"])
+
+
+@pytest.fixture
+def image_processor(shared: dict[str, Any]) -> SiglipImageProcessor:
+    """For images of 32x32."""
+    return copy.deepcopy(shared["image_processor"])
+
+
+@pytest.fixture
+def tiny_encoder(shared: dict[str, Any]) -> SiglipResNetModel:
+    """A dual encoder with two ResNet blocks and a Phi of two layers, in evaluation mode."""
+    return copy.deepcopy(shared["encoder"])
+
+
+@pytest.fixture
+def tiny_encoder_processor(shared: dict[str, Any]) -> SiglipResNetProcessor:
+    """The processor that suits `tiny_encoder`."""
+    return SiglipResNetProcessor(copy.deepcopy(shared["image_processor"]), copy.deepcopy(shared["tokenizer"]))
+
+
+@pytest.fixture
+def tiny_language_model(shared: dict[str, Any]) -> PhiForCausalLM:
+    """A Phi of two layers, in evaluation mode."""
+    return copy.deepcopy(shared["language_model"])
+
+
+@pytest.fixture(scope="session")
+def base_folder(shared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `tiny_language_model` and `tokenizer`, the base of the adapter form. Read only."""
+    folder = tmp_path_factory.mktemp("base")
+    shared["language_model"].save_pretrained(folder)
+    shared["tokenizer"].save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_vlm(shared: dict[str, Any]) -> Callable[..., SigPhiForConditionalGeneration]:
+    """`make_vlm(**fields)`: the tiny VLM, its config with other fields."""
+
+    def make(**fields: Any) -> SigPhiForConditionalGeneration:
+        torch.manual_seed(1)
+        language_model = copy.deepcopy(shared["language_model"])
+        vision_tower = copy.deepcopy(shared["encoder"].vision_model)
+        config = SigPhiConfig(
+            vision_config=vision_tower.config,
+            text_config=language_model.config,
+            image_token_id=shared["tokenizer"].convert_tokens_to_ids("<image>"),
+            pad_token_id=shared["tokenizer"].pad_token_id,
+            **fields,
+        )
+        return SigPhiForConditionalGeneration.from_parts(config, vision_tower, language_model).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_vlm(make_vlm: Callable[..., SigPhiForConditionalGeneration]) -> SigPhiForConditionalGeneration:
+    """The tower of `tiny_encoder`, a projector to one soft token, `tiny_language_model`; in evaluation mode."""
+    return make_vlm()
+
+
+@pytest.fixture(scope="session")
+def make_lora_vlm(
+    make_vlm: Callable[..., SigPhiForConditionalGeneration], base_folder: Path
+) -> Callable[..., SigPhiForConditionalGeneration]:
+    """`make_lora_vlm(**fields)`: the tiny VLM in adapter form, its config with other fields."""
+
+    def make(**fields: Any) -> SigPhiForConditionalGeneration:
+        model = make_vlm(**{"base_language_model": str(base_folder), **fields})
+        model.add_lora(LORA)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_lora_vlm(make_lora_vlm: Callable[..., SigPhiForConditionalGeneration]) -> SigPhiForConditionalGeneration:
+    """`tiny_vlm` in adapter form: LoRA with non-zero weights on every linear layer, its base in `base_folder`."""
+    return make_lora_vlm()
+
+
+@pytest.fixture
+def tiny_vlm_processor(shared: dict[str, Any]) -> SigPhiProcessor:
+    """The processor that suits `tiny_vlm`."""
+    return SigPhiProcessor(copy.deepcopy(shared["image_processor"]), copy.deepcopy(shared["tokenizer"]))
+
+
+@pytest.fixture(scope="session")
+def images() -> list[Image.Image]:
+    """Three pictures of noise, each of another size and colour."""
+    noise = np.random.default_rng(0)
+    tints = ((255, 40, 40), (40, 255, 40), (40, 40, 255))
+    sizes = ((32, 32), (48, 30), (25, 60))
+    return [
+        Image.fromarray((noise.random((height, width, 3)) * tint).astype(np.uint8))
+        for (width, height), tint in zip(sizes, tints, strict=True)
+    ]
+
+
+def child_environment(home: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture(scope="session")
+def run_child(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """`run_child(code, **env)`: run Python code in a process of its own, away from the checkout; gives stdout.
+
+    Each call has a fresh `HF_HOME` and is offline, unless `env` says otherwise.
+    """
+
+    def run(code: str, **env: str | Path) -> str:
+        folder = tmp_path_factory.mktemp("child")
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env=child_environment(folder / "hf_home") | {name: str(value) for name, value in env.items()},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if result.returncode != 0:
+            pytest.fail(f"the child process ended with {result.returncode}:\n{result.stderr[-6000:]}", pytrace=False)
+        return result.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_stranger(run_child: Callable[..., str]) -> Callable[..., str]:
+    """`run_stranger(code, **env)`: as `run_child`, where this package is not installed."""
+
+    def run(code: str, **env: str | Path) -> str:
+        return run_child('import sys\nsys.modules["sigphi"] = None\n' + code, **env)
+
+    return run

@@ -1,0 +1,429 @@
+import csv
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+
+from sigphi.train.data import (
+    QA_FEATURES,
+    build_csv,
+    data_facts,
+    distinct_images,
+    held_out,
+    load_cifar10_qa,
+    main,
+    read_qa_csv,
+)
+from sigphi.train.errors import UserError
+from sigphi.train.images import decode_images, load_images
+from sigphi.train.questions import CLASS_NAMES, image_facts, is_correct
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+HEADER = ["Dataset_Index", *(f"{letter}{pair}" for pair in range(1, 6) for letter in "QA")]
+SIZES = {"train": 20, "test": 10}
+SYNTHETIC = "synthetic:20"
+# Models on the Hub tell by this hash which images they have not seen.
+HELD_OUT_TRAIN = [0, 36, 38, 41, 48]
+HELD_OUT_TEST = [5, 6, 7, 9, 14, 19, 32, 56]
+
+
+def row(index: object, *pairs: str, **extra: str) -> dict[str, str]:
+    """A CSV row from its index and its questions and answers in turn."""
+    return {"Dataset_Index": str(index), **dict(zip(HEADER[1:], pairs, strict=False)), **extra}
+
+
+def write(path: Path, rows: Sequence[dict[str, str]], extra: Sequence[str] = ()) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*HEADER, *extra], restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture
+def qa_csv(tmp_path: Path) -> Path:
+    return tmp_path / "qa.csv"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("built") / "qa.csv"
+    build_csv(path, "synthetic:200", "train")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading the CSV
+
+
+def test_pairs_are_read_in_order_with_their_lines(qa_csv: Path) -> None:
+    rows = [row(7, "Q a?", " A a. ", "Q\nb?", "A b."), row(7, "Q c?", "A c."), row(0, "", "", "NA", "None")]
+    table = read_qa_csv(write(qa_csv, rows), "train", SIZES)
+    # The second question goes over two lines of the file.
+    assert table.rows["line"].tolist() == [2, 2, 4, 5]
+    assert table.rows["pair"].tolist() == [1, 2, 1, 2]
+    assert table.rows["dataset_index"].tolist() == [7, 7, 7, 0]
+    assert table.rows["question"].tolist() == ["Q a?", "Q\nb?", "Q c?", "NA"]
+    assert table.rows["answer"].tolist() == ["A a.", "A b.", "A c.", "None"]
+    assert set(table.rows["split"]) == {"train"}
+    assert set(table.rows["question_type"]) == set(table.rows["short_answer"]) == {""}
+    assert (table.num_empty, table.num_faulty) == (3 + 4 + 4, 0)
+
+
+def test_split_types_and_short_answers_are_optional_columns_and_others_ignored(qa_csv: Path) -> None:
+    extra = {"Split": "test", "T1": "object", "S1": "cat", "Class_Label": "cat", "Concat_Q": '"""a"""'}
+    write(qa_csv, [row(9, "Q?", "A cat.", **extra)], list(extra))
+    table = read_qa_csv(qa_csv, None, SIZES)
+    assert table.rows.drop(columns=["line", "pair"]).to_dict("records") == [
+        {
+            "split": "test",
+            "dataset_index": 9,
+            "question": "Q?",
+            "answer": "A cat.",
+            "question_type": "object",
+            "short_answer": "cat",
+        }
+    ]
+
+
+def test_a_file_without_split_needs_the_option(qa_csv: Path) -> None:
+    write(qa_csv, [row(1, "Q?", "A.")])
+    with pytest.raises(UserError, match="no column Split, .*--image-split train or --image-split test.*earlier"):
+        read_qa_csv(qa_csv, None, SIZES)
+    with pytest.raises(UserError, match="--image-split valid: it has to be train or test"):
+        read_qa_csv(qa_csv, "valid", SIZES)
+
+
+def test_a_wrong_split_names_its_line(qa_csv: Path) -> None:
+    write(qa_csv, [row(1, "Q?", "A.", Split="train"), row(1, "R?", "A.", Split="val")], ["Split"])
+    with pytest.raises(UserError, match=r"qa.csv, line 3, column Split: 'val' has to be train or test"):
+        read_qa_csv(qa_csv, None, SIZES)
+    write(qa_csv, [row(1, "Q?", "A.", Split="train")], ["Split"])
+    with pytest.raises(UserError, match="line 2, column Split: 'train', but --image-split says test; leave that"):
+        read_qa_csv(qa_csv, "test", SIZES)
+
+
+@pytest.mark.parametrize("index", ["20", "-1", "cat", "1.0", "", "99999999999999999999999"])
+def test_an_index_outside_the_split_names_line_value_and_size(qa_csv: Path, index: str) -> None:
+    write(qa_csv, [row(19, "Q?", "A."), row(index, "Q?", "A.")])
+    message = f"line 3, column Dataset_Index: '{index}' is no row of the train split, which has 20 images: 0 to 19"
+    with pytest.raises(UserError, match=message):
+        read_qa_csv(qa_csv, "train", SIZES)
+
+
+def test_a_duplicate_names_both_lines(qa_csv: Path) -> None:
+    write(qa_csv, [row(1, "Q?", "A."), row(2, "Q?", "A."), row(1, "R?", "A.", "Q?", "B.")])
+    with pytest.raises(UserError, match=r"line 2 \(Q1\) and line 4 \(Q2\) ask the same of train image 1: 'Q\?'"):
+        read_qa_csv(qa_csv, "train", SIZES)
+
+
+def test_the_same_index_in_two_splits_is_no_duplicate(qa_csv: Path) -> None:
+    write(qa_csv, [row(1, "Q?", "A.", Split=split) for split in ("train", "test")], ["Split"])
+    assert len(read_qa_csv(qa_csv, None, SIZES).rows) == 2
+
+
+FAULTY = [
+    row(1, "Q?", "A.", "R?", ""),
+    row(2, "", "A."),
+    row(3, "Q?", "ERROR: CUDA out of memory."),
+    row(4, "Q?", "ERROR"),
+    row(5, "Q?", "An ERROR is shown."),
+]
+
+
+def test_faulty_pairs_are_counted_and_named_with_the_way_around_them(qa_csv: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        read_qa_csv(write(qa_csv, FAULTY), "train", SIZES)
+    first, second = str(caught.value).split("\n")
+    assert "4 questions or answers are missing, or answers start with ERROR" in first
+    assert "line 2 column A2, line 3 column Q1, line 4 column A1, ..." in first
+    assert "--on-faulty-answers skip" in second
+
+
+def test_faulty_pairs_can_be_skipped(qa_csv: Path) -> None:
+    table = read_qa_csv(write(qa_csv, FAULTY), "train", SIZES, on_faulty="skip")
+    assert table.rows["answer"].tolist() == ["A.", "An ERROR is shown."]
+    assert (table.num_empty, table.num_faulty) == (19, 4)
+    with pytest.raises(UserError, match="--on-faulty-answers drop: it has to be error or skip"):
+        read_qa_csv(qa_csv, "train", SIZES, on_faulty="drop")
+
+
+@pytest.mark.parametrize(("question", "answer", "column"), [("What is <image>?", "A.", "Q2"), ("Q?", "<image>", "A2")])
+def test_the_placeholder_of_the_image_is_refused(qa_csv: Path, question: str, answer: str, column: str) -> None:
+    write(qa_csv, [row(1, "P?", "A.", question, answer)])
+    with pytest.raises(UserError, match=f"line 2, column {column}: the text holds <image>"):
+        read_qa_csv(qa_csv, "train", SIZES)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "qa.csv: no column Dataset_Index|qa.csv is empty"),
+        ((",".join(HEADER) + "\n\n").encode(), "qa.csv is empty; it needs a header and at least one row"),
+        ((",".join(HEADER) + "\n1,,,,,,,,,,\n").encode(), "holds no pair of a question and an answer; fill Q1 and A1"),
+        (b"Dataset_Index,Q1,A1\n1,Q?,A.\n", "no column Q2, A2, Q3, .*; the header has Dataset_Index, Q1, A1"),
+        (b"Dataset_Index;Q1;A1\n1;Q?;A.\n", "no column Dataset_Index, .*; the header has Dataset_Index;Q1;A1"),
+        ((",".join([*HEADER, "Q1"]) + "\n" + "1," * 11 + "\n").encode(), "2 columns are named Q1; rename or remove"),
+        ((",".join(HEADER) + "\n1,Q,A\n").encode(), "line 2: 3 cells, but the header has 11; put cells with commas"),
+        ((",".join(HEADER) + '\n1,"Q' + "," * 9 + "\n").encode(), "line 2: this is not CSV"),
+        ((",".join(HEADER) + "\n1,caf\xe9" + "," * 9 + "\n").encode("latin-1"), "is not text in UTF-8 .*; save it as"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "is not text in UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_sound_csv_is_refused(qa_csv: Path, content: bytes, message: str) -> None:
+    qa_csv.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_qa_csv(qa_csv, "train", SIZES)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none.csv cannot be read: No such file or directory; give a CSV file"):
+        read_qa_csv(tmp_path / "none.csv", "train", SIZES)
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        read_qa_csv(tmp_path, "train", SIZES)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_header(qa_csv: Path) -> None:
+    write(qa_csv, [row(1, "Q?", "A.")])
+    qa_csv.write_bytes(b"\xef\xbb\xbf" + qa_csv.read_bytes())
+    assert len(read_qa_csv(qa_csv, "train", SIZES).rows) == 1
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no sample at {SHARED}")
+def test_the_sample_of_the_earlier_annotator_is_read() -> None:
+    sample = SHARED / "sample_qa_smolvlm_style.csv"
+    with pytest.raises(UserError, match=r"40 questions or answers .* line 2 column A4"):
+        read_qa_csv(sample, "test", {"test": 10_000})
+    table = read_qa_csv(sample, "test", {"test": 10_000}, on_faulty="skip")
+    assert (len(table.rows), table.num_faulty, table.num_empty) == (960, 40, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Joining it with its images
+
+
+def test_held_out_is_fixed_for_all_time() -> None:
+    assert [index for index in range(60) if held_out(index, "train", 0.1, 0)] == HELD_OUT_TRAIN
+    assert [index for index in range(60) if held_out(index, "test", 0.1, 0)] == HELD_OUT_TEST
+
+
+def test_held_out_has_its_share_grows_with_it_and_depends_on_the_seed() -> None:
+    def chosen(fraction: float, seed: int = 0) -> set[int]:
+        return {index for index in range(10_000) if held_out(index, "train", fraction, seed)}
+
+    assert len(chosen(0.1)) / 10_000 == pytest.approx(0.1, abs=0.01)
+    assert chosen(0.1) < chosen(0.3)
+    assert len(chosen(0.1) & chosen(0.1, seed=1)) < 200
+    assert chosen(0.0) == set() and len(chosen(1.0)) == 10_000
+
+
+def test_a_csv_is_joined_with_the_images_it_names(qa_csv: Path) -> None:
+    extra = {"T1": "object", "S1": "frog"}
+    rows = [
+        row(3, "Q?", "A.", Split="test", **extra),
+        row(3, "Q?", "A.", Split="train"),
+        row(0, "Q?", "A.", Split="train"),
+    ]
+    write(qa_csv, rows, ["Split", "T1", "S1"])
+    dataset = load_cifar10_qa(qa_csv, SYNTHETIC, eval_fraction=0)
+    assert list(dataset) == ["train"]
+    assert dataset["train"].features == QA_FEATURES
+    sources = {split: load_images(SYNTHETIC, split) for split in ("train", "test")}
+    for joined, (split, index) in zip(dataset["train"], (("test", 3), ("train", 3), ("train", 0)), strict=True):
+        assert (joined["split"], joined["dataset_index"]) == (split, index)
+        assert joined["label"] == sources[split][index]["label"]
+        assert joined["image"].tobytes() == sources[split][index]["img"].tobytes()
+    assert dataset["train"]["question_type"][:] == ["object", "", ""]
+    assert dataset["train"]["short_answer"][:] == ["frog", "", ""]
+
+
+def test_no_image_is_in_both_parts_and_no_row_is_lost(built: Path) -> None:
+    dataset = load_cifar10_qa(built, "synthetic:200", eval_fraction=0.2)
+    images = {name: set(part["dataset_index"]) for name, part in dataset.items()}
+    assert not images["train"] & images["eval"]
+    assert images["train"] | images["eval"] == set(range(200))
+    assert images["eval"] == {index for index in range(200) if held_out(index, "train", 0.2, 0)}
+    assert len(dataset["train"]) + len(dataset["eval"]) == 1000
+    assert len(dataset["eval"]) == 5 * len(images["eval"])
+
+
+def test_fractions_of_zero_and_one_leave_one_part(built: Path) -> None:
+    assert {name: len(part) for name, part in load_cifar10_qa(built, "synthetic:200", eval_fraction=0).items()} == {
+        "train": 1000
+    }
+    assert {name: len(part) for name, part in load_cifar10_qa(built, "synthetic:200", eval_fraction=1).items()} == {
+        "eval": 1000
+    }
+
+
+def test_a_part_without_images_names_the_fraction(qa_csv: Path) -> None:
+    write(qa_csv, [row(1, "Q?", "A."), row(2, "Q?", "A.")])
+    with pytest.raises(UserError, match="--eval-fraction 0.0001 leaves no image of 2 for eval; .* or 0 to do without"):
+        load_cifar10_qa(qa_csv, SYNTHETIC, "train", eval_fraction=0.0001)
+    with pytest.raises(
+        UserError, match="--eval-fraction 0.9999 leaves no image of 2 for train; .* or 1 to do without"
+    ):
+        load_cifar10_qa(qa_csv, SYNTHETIC, "train", eval_fraction=0.9999)
+    with pytest.raises(UserError, match="--eval-fraction 1.5: it has to lie in 0 to 1"):
+        load_cifar10_qa(qa_csv, SYNTHETIC, "train", eval_fraction=1.5)
+
+
+def test_counts_are_logged(qa_csv: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "sigphi.train.data")
+    load_cifar10_qa(write(qa_csv, FAULTY), SYNTHETIC, "train", eval_fraction=0, on_faulty="skip")
+    assert "2 questions about 2 images; left out: 19 empty pairs, 4 faulty ones." in caplog.text
+
+
+def test_encoded_images_are_not_encoded_again(tmp_path: Path, qa_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    images = load_images(SYNTHETIC, "train")
+    (tmp_path / "set").mkdir()
+    images.to_parquet(tmp_path / "set" / "train.parquet")
+    write(qa_csv, [row(index, f"Q{pair}?", "A.") for index in (19, 0) for pair in range(2)])
+    joined = load_cifar10_qa(qa_csv, str(tmp_path / "set"), "train", eval_fraction=0)["train"]
+    encoded = joined.cast_column("image", datasets.Image(decode=False))
+    source = images.cast_column("img", datasets.Image(decode=False))
+    assert [picture["bytes"] for picture in encoded["image"]] == [source[i]["img"]["bytes"] for i in (19, 19, 0, 0)]
+
+
+def test_distinct_images_keep_the_order_of_first_occurrence(qa_csv: Path) -> None:
+    places = [("train", 5), ("test", 5), ("train", 1), ("train", 5), ("test", 5), ("train", 0)]
+    write(qa_csv, [row(i, f"Q{n}?", "A.", Split=split) for n, (split, i) in enumerate(places)], ["Split"])
+    dataset = load_cifar10_qa(qa_csv, SYNTHETIC, eval_fraction=0)["train"]
+    images, positions = distinct_images(dataset)
+    assert images.column_names == ["img", "label"]
+    assert positions == [0, 1, 2, 0, 1, 3]
+    sources = {split: load_images(SYNTHETIC, split) for split in ("train", "test")}
+    for image, (split, index) in zip(images, (places[0], places[1], places[2], places[5]), strict=True):
+        assert image["img"].tobytes() == sources[split][index]["img"].tobytes()
+        assert image["label"] == sources[split][index]["label"]
+
+
+def test_data_facts_count_and_tell_data_apart(built: Path) -> None:
+    dataset = load_cifar10_qa(built, "synthetic:200", eval_fraction=0)["train"]
+    facts = data_facts(dataset)
+    assert (facts["num_rows"], facts["num_images"]) == (1000, 200)
+    assert facts["images_per_split"] == {"train": 200}
+    assert facts["rows_per_question_type"]["object"] == 200
+    assert sum(facts["rows_per_question_type"].values()) == 1000
+    assert facts == data_facts(load_cifar10_qa(built, "synthetic:200", eval_fraction=0)["train"])
+    assert facts["fingerprint"] != data_facts(dataset.select(range(999)))["fingerprint"]
+    assert facts["fingerprint"] != data_facts(dataset.select([1, 0, *range(2, 1000)]))["fingerprint"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Making one
+
+
+def test_a_built_csv_is_in_the_contract_and_true_to_its_images(built: Path) -> None:
+    columns = pd.read_csv(built, nrows=0).columns.tolist()
+    assert columns == [
+        *("Dataset_Index", "Split", "Class_Label"),
+        *(f"{letter}{pair}" for pair in range(1, 6) for letter in "QATS"),
+    ]
+    dataset = load_cifar10_qa(built, "synthetic:200", eval_fraction=0)["train"]
+    for joined in dataset.select(range(100)):
+        facts = image_facts(np.asarray(joined["image"]), joined["label"])
+        if joined["question_type"] in ("dominant_color", "background_color", "brightness", "object"):
+            fact = {"object": facts.object_name} | {
+                name: str(getattr(facts, name)) for name in ("dominant_color", "background_color", "brightness")
+            }
+            assert joined["short_answer"] == fact[joined["question_type"]]
+        if joined["question_type"] == "description":
+            assert joined["short_answer"] == ""
+        else:
+            assert is_correct(joined["answer"], joined["short_answer"], joined["question_type"])
+
+
+def test_questions_of_an_image_depend_on_the_seed_only(tmp_path: Path, built: Path) -> None:
+    def lines(**options: Any) -> list[str]:
+        build_csv(tmp_path / "qa.csv", "synthetic:200", "train", **options)
+        return (tmp_path / "qa.csv").read_text(encoding="utf-8").split("\n")
+
+    whole = built.read_text(encoding="utf-8").split("\n")
+    assert lines() == whole
+    assert lines(num_images=50)[:51] == whole[:51]
+    assert lines(num_images=50, seed=1)[1:51] != whole[1:51]
+
+
+def test_fewer_questions_leave_the_other_pairs_empty(tmp_path: Path) -> None:
+    build_csv(tmp_path / "qa.csv", SYNTHETIC, "train", questions_per_image=2)
+    table = read_qa_csv(tmp_path / "qa.csv", None, SIZES)
+    assert (len(table.rows), table.num_empty) == (40, 60)
+    assert table.rows.groupby("line")["question_type"].agg(lambda types: "object" in set(types)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_images": 0}, "--num-images 0: synthetic:20, split train, has 1 to 20 to give"),
+        ({"num_images": 21}, "--num-images 21"),
+        ({"questions_per_image": 6}, "`questions_per_image` is 6; a row holds 1 to 5 questions"),
+        ({"split": "val"}, "have no split 'val'"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_csv(tmp_path / "qa.csv", SYNTHETIC, **{"split": "train"} | options)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_csv_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "qa.csv"
+    output.write_text("old")
+
+    def full_disk(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(UserError, match="--output .*qa.csv cannot be written: No space left on device"):
+        build_csv(output, SYNTHETIC, "train")
+    assert output.read_text() == "old" and os.listdir(tmp_path) == ["qa.csv"]
+    with pytest.raises(UserError, match="there is no folder .*none; create it first"):
+        build_csv(tmp_path / "none" / "qa.csv", SYNTHETIC, "train")
+
+
+def test_the_command_builds_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = str(tmp_path / "qa.csv")
+    main(["build", "--images", "synthetic:30", "--image-split", "train", "--output", output, "--num-images", "12"])
+    table = pd.read_csv(output)
+    assert table["Dataset_Index"].tolist() == list(range(12))
+    assert table["Class_Label"].tolist() == [CLASS_NAMES[i] for i in load_images("synthetic:12", "train")["label"]]
+    assert capsys.readouterr().out == f"{output}: written\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "a subcommand is missing; `sigphi data` has: build"),
+        (["bild"], "there is no subcommand 'bild'; `sigphi data` has: build"),
+        (["build", "--output", "x.csv", "--image-splt", "train"], "--image-splt"),
+        (["build"], "--output"),
+        (["build", "--output", "x.csv", "--image-split", "val"], "val"),
+    ],
+)
+def test_a_wrong_command_line_is_a_user_error(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main(argv)
+
+
+def test_help_names_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    assert "sigphi data build" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no CIFAR-10 at {SHARED}")
+def test_a_csv_over_local_cifar10(tmp_path: Path) -> None:
+    build_csv(tmp_path / "qa.csv", str(SHARED / "cifar10"), "test", num_images=100)
+    dataset = load_cifar10_qa(tmp_path / "qa.csv", str(SHARED / "cifar10"))
+    assert len(dataset["train"]) + len(dataset["eval"]) == 500
+    images, _ = distinct_images(dataset["train"])
+    assert decode_images(images, range(len(images))).shape == (len(images), 3, 32, 32)
+    first = dataset["train"][0]
+    assert (first["dataset_index"], CLASS_NAMES[first["label"]]) == (0, "cat")

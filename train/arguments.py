@@ -1,0 +1,311 @@
+"""Options of the training and evaluation commands, as dataclasses for `HfArgumentParser`."""
+
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
+from transformers.integrations import is_tensorboard_available
+from transformers.utils import is_bitsandbytes_available
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from sigphi.train.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class QaArguments:
+    """Which questions and images a command works on."""
+
+    _argument_group_name = "data"
+
+    input_csv: str = HfArg(help="CSV with Dataset_Index, Q1..Q5, A1..A5 (see docs/data.md).", default="")
+    images: str = HfArg(
+        help="Images: a Hub id, a folder in the same schema, torchvision's download folder, or 'synthetic'.",
+        default="uoft-cs/cifar10",
+    )
+    image_split: str | None = HfArg(
+        help="'train' or 'test': the split that Dataset_Index counts in; needed when the CSV has no Split column.",
+        default=None,
+    )
+    on_faulty_answers: str = HfArg(
+        help="'error' or 'skip': what to do with half-empty pairs and answers that begin with ERROR.", default="error"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.input_csv:
+            raise UserError(
+                "--input-csv is needed: the file of questions and answers (`sigphi data build` makes one)."
+            )
+        one_of("--on-faulty-answers", self.on_faulty_answers, ("error", "skip"))
+        if self.image_split is not None:
+            one_of("--image-split", self.image_split, ("train", "test"))
+
+
+@dataclass
+class DataArguments(QaArguments):
+    """What is trained on, and what is held out from it."""
+
+    _argument_group_name = "data"
+
+    eval_fraction: float = HfArg(help="Share of the images held out from training for evaluation.", default=0.1)
+    split_seed: int = HfArg(help="Seed of the hash that decides which images are held out.", default=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.eval_fraction < 1.0:
+            raise UserError(f"--eval-fraction must be at least 0 and below 1, got {self.eval_fraction}.")
+
+
+@dataclass
+class SiglipModelArguments:
+    """The towers of the encoder."""
+
+    _argument_group_name = "encoder"
+
+    vision_model: str | None = HfArg(
+        help="ResNet to start from, such as microsoft/resnet-50; without it the tower starts from random weights.",
+        default=None,
+    )
+    layer_type: str = HfArg(help="ResNet layers: 'bottleneck' or 'basic'.", default="bottleneck")
+    embedding_size: int = HfArg(help="Channels of the stem.", default=64)
+    hidden_sizes: list[int] = field(
+        default_factory=lambda: [256, 512, 1024, 2048], metadata={"help": "Channels of each stage."}
+    )
+    depths: list[int] = field(default_factory=lambda: [3, 4, 6, 3], metadata={"help": "Layers of each stage."})
+    stem: str = HfArg(help="'cifar' (3x3, for 32-pixel images) or 'imagenet' (7x7 and pooling).", default="cifar")
+    image_size: int = HfArg(help="Height and width in pixels that images are resized to.", default=32)
+    projection_dim: int = HfArg(help="Size of the image and text embeddings.", default=512)
+    logit_bias_init: float = HfArg(
+        help="Initial bias b. The paper's -10 suits batches of 32,000 texts; for 300 texts -4 is near the balance.",
+        default=-10.0,
+    )
+    text_model: str = HfArg(help="Text tower: any text model of transformers.", default="microsoft/phi-2")
+    text_model_revision: str | None = HfArg(help="Revision of the text tower.", default=None)
+    text_pooling: str = HfArg(help="'last' (real token) or 'mean' (over real tokens).", default="last")
+    train_text_tower: bool = HfArg(help="Train the text tower too; it is frozen otherwise.", default=False)
+    cache_text_features: str = HfArg(
+        help="Run the text tower once per distinct text, before training: 'auto' (when it is frozen), 'on', 'off'.",
+        default="auto",
+    )
+    save_text_tower: bool = HfArg(help="Write a frozen text tower into the model's folder.", default=False)
+    max_text_length: int = HfArg(help="Longest text in tokens; longer ones are cut.", default=64)
+    siglip_checkpoint: str | None = HfArg(
+        help="Start from this encoder instead (a folder or Hub id); the options above that shape it are its own.",
+        default=None,
+    )
+
+    def __post_init__(self) -> None:
+        one_of("--layer-type", self.layer_type, ("bottleneck", "basic"))
+        one_of("--stem", self.stem, ("cifar", "imagenet"))
+        one_of("--text-pooling", self.text_pooling, ("last", "mean"))
+        one_of("--cache-text-features", self.cache_text_features, ("auto", "on", "off"))
+        if self.cache_text_features == "on" and self.train_text_tower:
+            raise UserError("--cache-text-features on needs a frozen text tower: leave --train-text-tower out.")
+        if len(self.hidden_sizes) != len(self.depths):
+            raise UserError(
+                f"--hidden-sizes and --depths must name the same stages, got {self.hidden_sizes} and {self.depths}."
+            )
+
+
+@dataclass
+class VlmModelArguments:
+    """The parts of the VLM and what is trained of them."""
+
+    _argument_group_name = "vlm"
+
+    siglip_checkpoint: str = HfArg(help="The trained encoder: a folder or Hub id.", default="")
+    language_model: str = HfArg(help="Any causal language model: a folder or Hub id.", default="microsoft/phi-2")
+    language_model_revision: str | None = HfArg(help="Revision of the language model.", default=None)
+    num_image_tokens: int = HfArg(
+        help="Soft tokens of an image: 1 (the embedding), or a square (cells of the averaged feature map).", default=1
+    )
+    tuning: str = HfArg(help="'lora', or 'full' for all weights of the language model.", default="lora")
+    bits: int = HfArg(help="Precision of the frozen language model: 4 (NF4), 8 or 16.", default=4)
+    lora_r: int = HfArg(help="Rank of the LoRA matrices.", default=8)
+    lora_alpha: int = HfArg(help="LoRA scale numerator; the scale is alpha / sqrt(r).", default=16)
+    lora_dropout: float = HfArg(help="Dropout before the LoRA matrices.", default=0.05)
+    attn_implementation: str = HfArg(
+        help="'auto' (FlashAttention-2 where it can run, else sdpa), 'eager', 'sdpa', 'flash_attention_2'.",
+        default="auto",
+    )
+    cache_image_features: str = HfArg(
+        help="Run the frozen image tower once per image, before training: 'on', 'off', or 'auto' (up to 4 GiB).",
+        default="auto",
+    )
+
+    def __post_init__(self) -> None:
+        if not self.siglip_checkpoint:
+            raise UserError("--siglip-checkpoint is needed: the encoder that `sigphi train-siglip` wrote.")
+        one_of("--tuning", self.tuning, ("lora", "full"))
+        one_of("--bits", self.bits, (4, 8, 16))
+        one_of("--cache-image-features", self.cache_image_features, ("auto", "on", "off"))
+        one_of("--attn-implementation", self.attn_implementation, ("auto", "eager", "sdpa", "flash_attention_2"))
+        if self.tuning == "full" and self.bits != 16:
+            raise UserError(f"--tuning full trains all weights, which {self.bits}-bit ones cannot be: add --bits 16.")
+        if self.bits < 16 and not is_bitsandbytes_available():
+            raise UserError(
+                f"--bits {self.bits} needs bitsandbytes: pip install 'sigphi[qlora]' (or train with --bits 16)."
+            )
+
+
+@dataclass
+class SigphiTrainingArguments(TrainingArguments):
+    """
+    What all trainings set beyond [`~transformers.TrainingArguments`]: TensorBoard is the default tracker where it is
+    installed, the collators read columns by name, and `use_cpu` is on where there is no accelerator.
+    """
+
+    _argument_group_name = "training"
+
+    report_to: None | str | list[str] = HfArg(
+        help="Trackers: tensorboard (the default where installed), wandb, trackio, all, none.", default=None
+    )
+    remove_unused_columns: bool = HfArg(help="Must stay off: the collators read columns by name.", default=False)
+
+    def __post_init__(self) -> None:
+        if self.report_to is None:
+            self.report_to = "tensorboard" if is_tensorboard_available() else "none"
+            if self.report_to == "none":
+                logger.warning("TensorBoard is not installed, so nothing is reported: pip install 'sigphi[eval]'")
+        if not torch.accelerator.is_available():
+            # Several CPU processes become one job only under this flag; without it each trains alone.
+            self.use_cpu = True
+        super().__post_init__()
+
+
+@dataclass
+class SiglipTrainingArguments(SigphiTrainingArguments):
+    r"""
+    Options of [`SiglipTrainer`].
+
+    Defaults that differ from [`~transformers.TrainingArguments`]: `per_device_train_batch_size` 256,
+    `num_train_epochs` 10, `learning_rate` 1e-3, `weight_decay` 0.05, `warmup_steps` 0.1 (a ratio), `lr_scheduler_type`
+    `"cosine"`, `eval_strategy` and `save_strategy` `"epoch"`, `save_total_limit` 2, `logging_steps` 20, and those of
+    [`SigphiTrainingArguments`].
+    """
+
+    _argument_group_name = "training"
+
+    output_dir: str = HfArg(help="Folder of the trained encoder.", default="outputs/siglip")
+    per_device_train_batch_size: int = HfArg(
+        aliases=["--batch-size", "--batch_size"], help="Images in a step, per device.", default=256
+    )
+    per_device_eval_batch_size: int = HfArg(help="Images in an evaluation step, per device.", default=256)
+    num_train_epochs: float = HfArg(aliases=["--num-epochs", "--num_epochs"], help="Passes over the data.", default=10)
+    learning_rate: float = HfArg(help="Peak learning rate.", default=1e-3)
+    weight_decay: float = HfArg(help="Decay of matrices and kernels; never of t', b, norms and biases.", default=0.05)
+    warmup_steps: float = HfArg(help="Warm-up, in steps, or as a share of all steps when below 1.", default=0.1)
+    lr_scheduler_type: str = HfArg(help="Learning rate schedule.", default="cosine")
+    eval_strategy: str = HfArg(help="When to evaluate: 'no', 'steps' or 'epoch'.", default="epoch")
+    save_strategy: str = HfArg(help="When to save a checkpoint: 'no', 'steps', 'epoch' or 'best'.", default="epoch")
+    save_total_limit: int | None = HfArg(help="Checkpoints to keep.", default=2)
+    logging_steps: float = HfArg(help="Steps between two log lines.", default=20)
+    logit_learning_rate: float = HfArg(help="Peak learning rate of the temperature t' and the bias b.", default=0.03)
+    augment: bool = HfArg(help="Random shift by up to 1/8 of the image, and horizontal flip.", default=True)
+    channels_last: bool = HfArg(help="Keep images and kernels in channels-last order.", default=True)
+
+
+@dataclass
+class VlmTrainingArguments(SigphiTrainingArguments):
+    r"""
+    Options of [`VlmTrainer`].
+
+    Defaults that differ from [`~transformers.TrainingArguments`]: `per_device_train_batch_size` 32,
+    `num_train_epochs` 1, `learning_rate` 2e-4 (LoRA), `warmup_steps` 0.03 (a ratio), `lr_scheduler_type` `"cosine"`,
+    `bf16` and `gradient_checkpointing` on, `eval_strategy` and `save_strategy` `"epoch"`, `save_total_limit` 2,
+    `logging_steps` 20, and those of [`SigphiTrainingArguments`].
+    """
+
+    _argument_group_name = "training"
+
+    output_dir: str = HfArg(help="Folder of the trained VLM.", default="outputs/vlm")
+    per_device_train_batch_size: int = HfArg(
+        aliases=["--batch-size", "--batch_size"], help="Questions in a step, per device.", default=32
+    )
+    per_device_eval_batch_size: int = HfArg(help="Questions in an evaluation step, per device.", default=64)
+    num_train_epochs: float = HfArg(aliases=["--num-epochs", "--num_epochs"], help="Passes over the data.", default=1)
+    learning_rate: float = HfArg(help="Peak learning rate of LoRA, or of the language model.", default=2e-4)
+    projector_learning_rate: float = HfArg(help="Peak learning rate of the projector.", default=1e-3)
+    weight_decay: float = HfArg(help="Decay of matrices; never of norms and biases.", default=0.0)
+    warmup_steps: float = HfArg(help="Warm-up, in steps, or as a share of all steps when below 1.", default=0.03)
+    lr_scheduler_type: str = HfArg(help="Learning rate schedule.", default="cosine")
+    bf16: bool = HfArg(help="Mixed precision in bfloat16.", default=True)
+    gradient_checkpointing: bool = HfArg(help="Recompute activations in the backward pass.", default=True)
+    eval_strategy: str = HfArg(help="When to evaluate: 'no', 'steps' or 'epoch'.", default="epoch")
+    save_strategy: str = HfArg(help="When to save a checkpoint: 'no', 'steps', 'epoch' or 'best'.", default="epoch")
+    save_total_limit: int | None = HfArg(help="Checkpoints to keep.", default=2)
+    logging_steps: float = HfArg(help="Steps between two log lines.", default=20)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            # The reentrant kind gives no gradients when the block's inputs need none, as with a frozen base.
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+
+
+def one_of(option: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise a [`UserError`] naming `option` unless `value` is in `allowed`."""
+    if value not in allowed:
+        raise UserError(f"{option} must be one of {', '.join(map(str, allowed))}, got {value!r}.")
+
+
+def choose_attn_implementation(requested: str) -> str:
+    """
+    The attention implementation for `--attn-implementation`.
+
+    `"auto"` is FlashAttention-2 where a CUDA device and the package are present, else `"sdpa"`; the choice is logged.
+
+    Raises:
+        UserError: if FlashAttention-2 is requested where it cannot run.
+    """
+    flash_runs = is_flash_attn_2_available() and torch.cuda.is_available()
+    if requested == "flash_attention_2" and not flash_runs:
+        raise UserError(
+            "--attn-implementation flash_attention_2 needs a CUDA device and the package: pip install flash-attn "
+            "(or use --attn-implementation auto)."
+        )
+    choice = requested
+    if requested == "auto":
+        choice = "flash_attention_2" if flash_runs else "sdpa"
+    logger.info("attention implementation: %s (requested %s)", choice, requested)
+    return choice
+
+
+def check_launch(arguments: TrainingArguments) -> None:
+    """
+    Refuse set-ups in which several processes or devices would train something else than one model on one batch.
+
+    Raises:
+        UserError: if `WORLD_SIZE` is not the number of processes that train together, or if several GPUs are visible to
+            one process (the Trainer would use DataParallel, which breaks the loss over the batch).
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != arguments.world_size:
+        raise UserError(
+            f"WORLD_SIZE is {world}, but {arguments.world_size} process trains: each would train alone. On CPU launch "
+            f"with: torchrun --nproc_per_node {world} -m sigphi.train.siglip --use_cpu ..."
+        )
+    if arguments.n_gpu > 1:
+        raise UserError(
+            f"{arguments.n_gpu} GPUs are visible to one process. Launch one process for each: accelerate launch "
+            f"--num_processes {arguments.n_gpu} -m sigphi.train.siglip ... (or set CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
+__all__ = [
+    "DataArguments",
+    "QaArguments",
+    "SigphiTrainingArguments",
+    "SiglipModelArguments",
+    "SiglipTrainingArguments",
+    "VlmModelArguments",
+    "VlmTrainingArguments",
+    "check_launch",
+    "choose_attn_implementation",
+    "one_of",
+]

@@ -1,0 +1,189 @@
+"""Batches for the two stages: images by index from one tensor, texts tokenised here or before."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
+from sigphi.processing.processing_sigphi import SigPhiProcessor
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class SiglipCollator:
+    r"""
+    A batch of images with all their texts.
+
+    Texts that are equal after stripping and lower-casing are one text of the batch: it is encoded once, and it is a
+    positive of every image that has it. A text that states a fact (`"object=deer"`) is a positive of every image of
+    which this fact is known, in whatever words; where nothing is known of the attribute (`"object"`), the pair is ignored.
+    Otherwise the loss would push an image away from what is true of it.
+
+    Args:
+        processor (`SiglipResNetProcessor`): prepares both modalities.
+        images (`torch.ByteTensor` of shape `(images, 3, height, width)`): decoded images, which rows name by index.
+        max_text_length (`int`, *optional*, defaults to `64`): longest text in tokens.
+        text_features (`torch.Tensor` of shape `(texts, hidden_size)`, *optional*): the frozen tower's pooled states,
+            precomputed, instead of token ids.
+        text_rows (`dict[str, int]`, *optional*): for each text, as [`text_key`] gives it, its row in `text_features`.
+    """
+
+    processor: SiglipResNetProcessor
+    images: torch.Tensor
+    max_text_length: int = 64
+    text_features: torch.Tensor | None = None
+    text_rows: dict[str, int] | None = None
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """
+        Args:
+            rows: with `image_index` (`int`), `texts` (`list[str]`) and `facts` (`list[str]`: what each text states, or
+                an empty string).
+
+        Returns:
+            `dict`: `pixel_values` `(images, 3, height, width)`; `input_ids` and `attention_mask` `(texts, length)`, or
+            `text_features` `(texts, hidden_size)`; `positives` and `ignored` `(images, texts)`, boolean; and
+            `return_loss`, `True`.
+        """
+        texts: dict[str, str] = {}  # the first spelling, by key
+        facts: dict[str, str] = {}  # what it states, by key
+        for row in rows:
+            for text, fact in zip(row["texts"], row["facts"], strict=True):
+                texts.setdefault(text_key(text), text)
+                facts.setdefault(text_key(text), fact)
+        positives, ignored = pair_masks(rows, facts)
+        return {
+            "pixel_values": preprocess(self.processor, self.images[[row["image_index"] for row in rows]]),
+            "positives": positives,
+            "ignored": ignored,
+            "return_loss": True,
+        } | self._text_inputs(texts)
+
+    def _text_inputs(self, texts: dict[str, str]) -> dict[str, torch.Tensor]:
+        if self.text_features is not None and self.text_rows is not None:
+            return {"text_features": self.text_features[[self.text_rows[key] for key in texts]]}
+        tokens = self.processor.tokenizer(
+            list(texts.values()),
+            padding=True,
+            truncation=True,
+            max_length=self.max_text_length,
+            return_tensors="pt",
+        )
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+
+def pair_masks(rows: Sequence[dict[str, Any]], facts: dict[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Which texts of a batch are positives of which images, and which pairs are unknown.
+
+    Args:
+        rows: with `texts` and `facts`.
+        facts (`dict[str, str]`): for each distinct text of the batch, by [`text_key`], what it states.
+
+    Returns:
+        `tuple` of two `torch.BoolTensor` of shape `(images, texts)`: `positives` and `ignored`.
+    """
+    positives = torch.zeros(len(rows), len(facts), dtype=torch.bool)
+    ignored = torch.zeros_like(positives)
+    for position, row in enumerate(rows):
+        own = {text_key(text) for text in row["texts"]}
+        known = {fact for fact in row["facts"] if fact}
+        attributes = {fact.partition("=")[0] for fact in known}
+        positives[position] = torch.tensor([key in own or fact in known for key, fact in facts.items()])
+        unknown = [fact != "" and fact.partition("=")[0] not in attributes for fact in facts.values()]
+        ignored[position] = torch.tensor(unknown) & ~positives[position]
+    return positives, ignored
+
+
+def text_key(text: str) -> str:
+    """What makes two texts one: white space around them and case do not count."""
+    return text.strip().lower()
+
+
+@dataclass
+class VlmCollator:
+    r"""
+    A batch of questions with their images and supervised answers, padded on the right.
+
+    Args:
+        pad_token_id (`int`): fills `input_ids`; masked everywhere.
+        images (`torch.ByteTensor` of shape `(images, 3, height, width)`, *optional*): decoded images.
+        processor (`SigPhiProcessor`, *optional*): prepares `images`.
+        image_features (`torch.Tensor` of shape `(images, num_image_tokens, feature_size)`, *optional*): precomputed,
+            instead of `images`.
+    """
+
+    pad_token_id: int
+    images: torch.Tensor | None = None
+    processor: SigPhiProcessor | None = None
+    image_features: torch.Tensor | None = None
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            rows: with `image_index` (`int`), `prompt_ids` and `answer_ids` (`list[int]`).
+
+        Returns:
+            `dict`: `input_ids`, `attention_mask` and `labels` of shape `(rows, length)`, labels being -100 outside the
+            answers, and `pixel_values` or `image_features`, an image a row.
+
+        Raises:
+            ValueError: if a row has no answer tokens; it names the row's position.
+        """
+        for position, row in enumerate(rows):
+            if not row["answer_ids"]:
+                raise ValueError(f"Row {position} of the batch has no answer tokens, so nothing in it is supervised.")
+        sequences = [torch.tensor(row["prompt_ids"] + row["answer_ids"]) for row in rows]
+        labels = [torch.tensor([IGNORE_INDEX] * len(row["prompt_ids"]) + row["answer_ids"]) for row in rows]
+        indices = [row["image_index"] for row in rows]
+        batch = {
+            "input_ids": pad_sequence(sequences, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in sequences], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        }
+        if self.image_features is not None:
+            return batch | {"image_features": self.image_features[indices]}
+        return batch | {"pixel_values": preprocess(self.processor, self.images[indices])}
+
+
+def preprocess(processor: Any, images: torch.Tensor) -> torch.Tensor:
+    """
+    Resize and normalise decoded images as the processor does at inference.
+
+    Args:
+        processor: with an `image_processor`.
+        images (`torch.ByteTensor` of shape `(images, 3, height, width)`): RGB.
+
+    Returns:
+        `torch.FloatTensor` of shape `(images, 3, size, size)`.
+    """
+    return processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+
+
+def random_shift_and_flip(pixel_values: torch.Tensor, shift: int) -> torch.Tensor:
+    """
+    Move each image by up to `shift` pixels each way (over its mirrored border) and flip every second one, at random.
+
+    torchvision's batch transforms draw one shift for the whole batch; here each image has its own.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): on any device.
+        shift (`int`): largest shift in pixels.
+    """
+    images, channels, height, width = pixel_values.shape
+    device = pixel_values.device
+    padded = torch.nn.functional.pad(pixel_values, [shift] * 4, mode="reflect")
+    rows = torch.arange(height, device=device) + torch.randint(2 * shift + 1, (images, 1), device=device)
+    columns = torch.arange(width, device=device) + torch.randint(2 * shift + 1, (images, 1), device=device)
+    flip = torch.rand(images, 1, device=device) < 0.5
+    columns = torch.where(flip, columns.flip(1), columns)  # (images, width)
+    image = torch.arange(images, device=device)[:, None, None, None]
+    channel = torch.arange(channels, device=device)[None, :, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+__all__ = ["IGNORE_INDEX", "SiglipCollator", "VlmCollator", "pair_masks", "preprocess", "random_shift_and_flip", "text_key"]

@@ -1,0 +1,244 @@
+"""Command-line options from dataclasses, with defaults from a YAML file and errors of one line."""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from sigphi.train.errors import UserError
+
+
+def parse_arguments(
+    dataclass_types: Sequence[type],
+    argv: list[str] | None,
+    program: str,
+    positionals: Sequence[tuple[str, str | None, str]] = (),
+) -> tuple[Any, ...]:
+    """Read the command line into one instance of each dataclass.
+
+    Every field is an option, written with dashes or underscores. `--config FILE.yaml` names a flat mapping of field
+    names to values; it gives defaults, which options on the command line override, and may hold required ones. Its
+    values go through the same conversion and the same checks as those of options.
+
+    Args:
+        dataclass_types (`Sequence[type]`):
+            The dataclasses, such as a subclass of [`~transformers.TrainingArguments`]. A class may name the group
+            of `--help` for the fields that it declares by a class attribute `_argument_group_name`; these groups
+            come first.
+        argv (`list[str]`, *optional*):
+            The words of the command line after the program's name, by default those of this process.
+        program (`str`):
+            What the user typed to get here, such as `"sigphi train-siglip"`.
+        positionals (`Sequence[tuple]`, *optional*):
+            The arguments without a flag, each as its name, `nargs` of argparse (`None` for one that must be given),
+            and help text.
+
+    Returns:
+        `tuple`: the instances, in the order of `dataclass_types`, then the values of `positionals`.
+
+    Raises:
+        UserError: for an unknown option or key, a bad or missing value, an unreadable file, and options that a
+            dataclass refuses together.
+
+    Example:
+
+    ```python
+    >>> import dataclasses
+    >>> from sigphi.train.parser import parse_arguments
+
+    >>> @dataclasses.dataclass
+    ... class Options:
+    ...     learning_rate: float = 1e-4
+
+    >>> parse_arguments([Options], ["--learning-rate", "3e-4"], "sigphi train-siglip")
+    (Options(learning_rate=0.0003),)
+    ```
+    """
+    words = sys.argv[1:] if argv is None else argv
+    config_file = CommandParser(program, [], add_help=False).parse_known_args(words)[0].config
+    parser = CommandParser(program, dataclass_types)
+    for name, nargs, help_text in positionals:
+        parser.add_argument(name, nargs=nargs, help=help_text)
+    if config_file is not None:
+        parser.read_config(Path(config_file))
+    namespace = parser.parse_words(words)
+    return parser.dataclasses_of(namespace) + tuple(getattr(namespace, name) for name, _, _ in positionals)
+
+
+class CommandParser(HfArgumentParser):
+    """An [`~transformers.HfArgumentParser`] with `--config` and with errors that are [`UserError`]s.
+
+    Args:
+        program (`str`): what the user typed to get here, such as `"sigphi train-siglip"`.
+        dataclass_types (`Sequence[type]`): the dataclasses whose fields become options.
+        kwargs: passed on to [`argparse.ArgumentParser`].
+    """
+
+    def __init__(self, program: str, dataclass_types: Sequence[type], **kwargs: Any) -> None:
+        # The default usage line lists every option, and a TrainingArguments has 130.
+        usage = "%(prog)s [options]"
+        super().__init__(prog=program, usage=usage, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        self.add_argument("--config", metavar="FILE.yaml", help="YAML file of defaults for the options below")
+        self.dataclass_types = list(dataclass_types)
+        self._add_fields()
+
+    def _add_fields(self) -> None:
+        fields_of_group: dict[str, list[dataclasses.Field]] = {}
+        named_groups = set()
+        for dataclass_type in self.dataclass_types:
+            type_hints = get_type_hints(dataclass_type)
+            for field in _init_fields(dataclass_type):
+                field.type = type_hints[field.name]
+                owner = _declaring_class(dataclass_type, field.name)
+                title = vars(owner).get("_argument_group_name", f"{owner.__module__}.{owner.__qualname__}")
+                fields_of_group.setdefault(title, []).append(field)
+                if "_argument_group_name" in vars(owner):
+                    named_groups.add(title)
+        # What a class of ours declares stands before the many inherited options, and sorting keeps the order else.
+        for title in sorted(fields_of_group, key=lambda title: title not in named_groups):
+            group = self.add_argument_group(title)
+            for field in fields_of_group[title]:
+                self._parse_dataclass_field(group, field)
+
+    def read_config(self, path: Path) -> None:
+        """Take the values of a YAML file as defaults.
+
+        Args:
+            path (`Path`): a file with a flat mapping of field names or aliases to values.
+        """
+        actions = self._actions_of_keys()
+        for key, node in _read_mapping(path):
+            place = f"{path}, line {node.start_mark.line + 1}"
+            action = actions.get(key.replace("-", "_"))
+            if action is None:
+                raise UserError(f"{place}: there is no option `{key}`.{_did_you_mean(key, actions)}")
+            try:
+                value = self._get_values(action, _words(node, action))
+            except (argparse.ArgumentError, ValueError) as error:
+                reason = error.message if isinstance(error, argparse.ArgumentError) else error
+                raise UserError(f"{place}: `{key}`: {reason}") from error
+            self.set_defaults(**{action.dest: value})
+            action.required = False
+
+    def _actions_of_keys(self) -> dict[str, argparse.Action]:
+        """Return the options that take a value, by their names as written in a YAML file."""
+        return {
+            flag.lstrip("-").replace("-", "_"): action
+            for flag, action in self._option_string_actions.items()
+            if flag.startswith("--") and action.nargs != 0 and action.dest != "config"
+        }
+
+    def parse_words(self, words: list[str]) -> argparse.Namespace:
+        """Read `words`, those of the command line after the program's name."""
+        self._reject_unknown_options(words)
+        namespace, unexpected = self.parse_known_args(words)
+        if unexpected:
+            self.error(f"unexpected argument `{unexpected[0]}`")
+        return namespace
+
+    def dataclasses_of(self, namespace: argparse.Namespace) -> tuple[Any, ...]:
+        """One instance of each dataclass, in the order of `dataclass_types`, from the options that were read."""
+        return tuple(self._build(dataclass_type, namespace) for dataclass_type in self.dataclass_types)
+
+    def _reject_unknown_options(self, words: list[str]) -> None:
+        # argparse reports a missing option before an unknown one, though a misspelt option causes both.
+        for word in words:
+            flag = word.split("=")[0]
+            if word == "--":
+                return
+            if re.fullmatch(r"--\S+", flag) and flag not in self._option_string_actions:
+                flags = [known for known in self._option_string_actions if "_" not in known]
+                self.error(f"there is no option `{flag}`.{_did_you_mean(flag.replace('_', '-'), flags)}")
+
+    def _build(self, dataclass_type: Callable[..., Any], namespace: argparse.Namespace) -> Any:
+        values = {field.name: getattr(namespace, field.name) for field in _init_fields(dataclass_type)}
+        try:
+            return dataclass_type(**values)
+        except UserError:
+            raise
+        except ValueError as error:
+            # The classes check their values in `__post_init__`, and these come from the user.
+            self.error(" ".join(str(error).split()))
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `message` as a [`UserError`] instead of printing the usage of every option."""
+        without_twins = re.sub(r"--\w*_\w*/(?=--)", "", message).removesuffix(".")
+        end = "" if without_twins.endswith("?") else "."
+        raise UserError(f"{without_twins}{end} See `{self.prog} --help`.")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Lists each option once, in its form with dashes, with its aliases and its default."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flags = [flag for flag in action.option_strings if "_" not in flag]
+        if not flags:
+            return super()._format_action_invocation(action)
+        value = "" if action.nargs == 0 else " " + self._format_args(action, action.dest.upper())
+        return ", ".join(flags) + value
+
+
+def _init_fields(dataclass_type: Any) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(dataclass_type) if field.init]
+
+
+def _declaring_class(dataclass_type: type, name: str) -> type:
+    return next(owner for owner in dataclass_type.__mro__ if name in inspect.get_annotations(owner))
+
+
+def _did_you_mean(name: str, known: Sequence[str] | dict[str, Any]) -> str:
+    closest = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean `{closest[0]}`?" if closest else ""
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that reads `1e-3` as a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _read_mapping(path: Path) -> list[tuple[str, yaml.Node]]:
+    """Return the keys of a YAML file, each with its value as a node, which knows its line and how it is written."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise UserError(f"`--config {path}` cannot be read: {reason}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"`--config {path}` is not YAML: {' '.join(str(error).split())}") from error
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"`--config {path}` has to hold lines of the form `name: value`.")
+    return [(str(key.value), value) for key, value in root.value]
+
+
+def _words(node: yaml.Node, action: argparse.Action) -> list[str]:
+    """Return a YAML value as the words that stand for it on a command line.
+
+    A scalar is taken as it is written, because YAML reads `save_strategy: no` as `False`.
+    """
+    if node.tag == "tag:yaml.org,2002:null" or node.value == []:
+        raise ValueError("has no value, give one or remove the line")
+    if isinstance(node, yaml.MappingNode):
+        return [json.dumps(yaml.load(yaml.serialize(node), _Loader))]
+    if isinstance(node, yaml.ScalarNode):
+        return [node.value]
+    if action.nargs not in ("+", "*"):
+        raise ValueError("takes one value, got a list")
+    return [word for item in node.value for word in _words(item, action)]
+
+
+__all__ = ["CommandParser", "parse_arguments"]

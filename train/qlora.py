@@ -1,0 +1,119 @@
+"""Putting the VLM together for training: quantised base, LoRA layers, what is trained and what is frozen."""
+
+import logging
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from sigphi.configuration.configuration_sigphi import SigPhiConfig
+from sigphi.modeling.modeling_siglip_resnet import SiglipResNetVisionModel
+from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration, base_quantization
+from sigphi.train.arguments import VlmModelArguments
+
+logger = logging.getLogger(__name__)
+
+
+def load_language_model(
+    arguments: VlmModelArguments, dtype: torch.dtype, attn_implementation: str, device: torch.device
+) -> PreTrainedModel:
+    """
+    The causal language model in the precision that is asked for, on the device of this process.
+
+    Args:
+        arguments (`VlmModelArguments`): names the model, its revision and `bits`.
+        dtype (`torch.dtype`): of the weights that are not quantised, and of the arithmetic.
+        attn_implementation (`str`): `"eager"`, `"sdpa"` or `"flash_attention_2"`.
+        device (`torch.device`): where to put it. One model lies whole on one device, since the Trainer runs one
+            process a device; `device_map="auto"` would spread it.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.language_model,
+        revision=arguments.language_model_revision or "main",
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        quantization_config=base_quantization(arguments.bits, dtype),
+        device_map={"": device},
+    )
+    keep_4bit_weights_trainable_on_cpu(model)
+    return model
+
+
+def keep_4bit_weights_trainable_on_cpu(model: nn.Module) -> None:
+    """
+    Switch off the AVX512-BF16 path of bitsandbytes' 4-bit layers.
+
+    On processors that have it, the first forward pass without gradients repacks the weights for inference, after which
+    a training step fails with "a view of a leaf Variable".
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+
+
+def linear_names(language_model: nn.Module) -> list[str]:
+    """The last names of all linear layers of a language model, sorted: for Phi dense, fc1, fc2 and q, k, v_proj."""
+    return sorted(
+        {name.rpartition(".")[2] for name, module in language_model.named_modules() if isinstance(module, nn.Linear)}
+    )
+
+
+def build_vlm(
+    vision_tower: SiglipResNetVisionModel,
+    language_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: VlmModelArguments,
+    image_token: str = "<image>",
+) -> SigPhiForConditionalGeneration:
+    """
+    Image tower (frozen), new projector (trained), language model (LoRA, or trained in full), as one model.
+
+    Args:
+        vision_tower (`SiglipResNetVisionModel`): the trained encoder's.
+        language_model (`PreTrainedModel`): from [`load_language_model`].
+        tokenizer (`PreTrainedTokenizerBase`): with `image_token` and a padding token.
+        arguments (`VlmModelArguments`): the tuning, the LoRA numbers and what the saved config has to name.
+        image_token (`str`, *optional*, defaults to `"<image>"`): the placeholder.
+    """
+    text_config = language_model.config.get_text_config().to_dict()
+    text_config.pop("quantization_config", None)  # recorded as `base_bits`; the parts outside the base have none
+    config = SigPhiConfig(
+        vision_config=vision_tower.config,
+        text_config=text_config,
+        num_image_tokens=arguments.num_image_tokens,
+        image_token_id=tokenizer.convert_tokens_to_ids(image_token),
+        pad_token_id=tokenizer.pad_token_id,
+        lm_head_bias=language_model.get_output_embeddings().bias is not None,
+        tie_word_embeddings=bool(text_config.get("tie_word_embeddings", False)),
+    )
+    model = SigPhiForConditionalGeneration.from_parts(config, vision_tower, language_model)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.requires_grad_(False)
+    if arguments.tuning == "lora":
+        _add_lora(model, arguments)
+    else:
+        model.model.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+    # float32 master weights of what is trained: an update of 1e-4 is below bfloat16's resolution.
+    model.model.multi_modal_projector.to(torch.float32).requires_grad_(True)
+    return model
+
+
+def _add_lora(model: SigPhiForConditionalGeneration, arguments: VlmModelArguments) -> None:
+    model.config.base_language_model = arguments.language_model
+    model.config.base_language_model_revision = arguments.language_model_revision
+    model.config.base_bits = arguments.bits
+    model.add_lora(
+        {
+            "r": arguments.lora_r,
+            "lora_alpha": arguments.lora_alpha,
+            "lora_dropout": arguments.lora_dropout,
+            "use_rslora": True,
+            "target_modules": linear_names(model.model.language_model),
+        }
+    )
+    trained = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n and p.requires_grad)
+    logger.info("LoRA r=%d on %s: %d parameters", arguments.lora_r, model.config.lora["target_modules"], trained)
+
+
+__all__ = ["build_vlm", "keep_4bit_weights_trainable_on_cpu", "linear_names", "load_language_model"]

@@ -1,0 +1,54 @@
+"""The files that a run leaves beside its model."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+
+from sigphi.train.arguments import DataArguments
+from sigphi.train.data import data_facts
+
+EVAL_RESULTS = "eval_results.json"
+TRAINING_DATA = "training_data.json"
+LOG_HISTORY = "log_history.json"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_training_data(folder: Path, train: datasets.Dataset, arguments: DataArguments) -> None:
+    """
+    Record what a model was trained on, so that an evaluation can leave it out.
+
+    Args:
+        folder (`Path`): the model's.
+        train (`datasets.Dataset`): the training split.
+        arguments (`DataArguments`): its source and how it was split.
+    """
+    facts = data_facts(train) | {
+        "images": arguments.images,
+        "eval_fraction": arguments.eval_fraction,
+        "split_seed": arguments.split_seed,
+    }
+    write_json(folder / TRAINING_DATA, facts | {"environment": environment()})
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, for every file of results."""
+    names = ("sigphi", "torch", "transformers", "datasets", "peft", "accelerate")
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {name: version(name) for name in names} | {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+        "accelerator": accelerator,
+    }
+
+
+__all__ = ["EVAL_RESULTS", "LOG_HISTORY", "TRAINING_DATA", "environment", "write_json", "write_training_data"]

@@ -1,0 +1,221 @@
+"""Stage 1: train the SigLIP encoder.
+
+sigphi train-siglip --input-csv qa.csv --output-dir outputs/siglip
+accelerate launch -m sigphi.train.siglip --input-csv qa.csv --output-dir outputs/siglip
+"""
+
+import logging
+from collections import defaultdict
+from pathlib import Path
+
+import datasets
+import torch
+from transformers import AutoTokenizer, SiglipImageProcessor, set_seed
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_STANDARD_MEAN
+
+from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig, SiglipResNetVisionConfig
+from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel, SiglipResNetVisionModel
+from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
+from sigphi.train.arguments import DataArguments, SiglipModelArguments, SiglipTrainingArguments
+from sigphi.train.checkpoints import read_config
+from sigphi.train.collators import SiglipCollator, text_key
+from sigphi.train.data import distinct_images, load_cifar10_qa
+from sigphi.train.errors import run_command
+from sigphi.train.evaluation import class_embeddings, embed_images, evaluate_folder, pool_texts
+from sigphi.train.images import decode_images
+from sigphi.train.metrics import top1_accuracy
+from sigphi.train.parser import parse_arguments
+from sigphi.train.questions import stated_fact
+from sigphi.train.records import write_training_data
+from sigphi.train.report import write_loss_curve
+from sigphi.train.trainers import SiglipTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def build_encoder(arguments: SiglipModelArguments) -> tuple[SiglipResNetModel, SiglipResNetProcessor]:
+    """
+    The encoder that the options describe, and its processor.
+
+    Raises:
+        UserError: if a tower cannot be read or is of another kind.
+    """
+    if arguments.siglip_checkpoint is not None:
+        read_config(arguments.siglip_checkpoint, "--siglip-checkpoint", SiglipResNetConfig.model_type)
+        model = SiglipResNetModel.from_pretrained(arguments.siglip_checkpoint)
+        if not model.config.include_text_tower:
+            model.load_text_tower()
+        return model, SiglipResNetProcessor.from_pretrained(arguments.siglip_checkpoint)
+    text_config = read_config(
+        arguments.text_model, "--text-model", revision=arguments.text_model_revision
+    ).get_text_config()
+    vision_config = _vision_config(arguments)
+    config = SiglipResNetConfig(
+        logit_bias_init_value=arguments.logit_bias_init,
+        vision_config=vision_config,
+        text_config=text_config,
+        projection_dim=arguments.projection_dim,
+        text_pooling=arguments.text_pooling,
+        text_model_name_or_path=arguments.text_model,
+        text_model_revision=arguments.text_model_revision,
+        include_text_tower=False,
+    )
+    model = SiglipResNetModel(config)
+    if arguments.vision_model is not None:
+        model.vision_model = SiglipResNetVisionModel.from_pretrained(arguments.vision_model, config=vision_config)
+    model.load_text_tower()
+    model.text_model.language_model.requires_grad_(arguments.train_text_tower)
+    # The tower is read apart even when it is trained, so that it starts from its own weights.
+    config.include_text_tower = arguments.train_text_tower or arguments.save_text_tower
+    return model, _processor(arguments)
+
+
+def _vision_config(arguments: SiglipModelArguments) -> SiglipResNetVisionConfig:
+    shape = {
+        "stem": arguments.stem,
+        "image_size": arguments.image_size,
+        "projection_dim": arguments.projection_dim,
+    }
+    if arguments.vision_model is None:
+        return SiglipResNetVisionConfig(
+            layer_type=arguments.layer_type,
+            embedding_size=arguments.embedding_size,
+            hidden_sizes=arguments.hidden_sizes,
+            depths=arguments.depths,
+            **shape,
+        )
+    pretrained = read_config(arguments.vision_model, "--vision-model", "resnet", SiglipResNetVisionConfig.model_type)
+    names = ("layer_type", "embedding_size", "hidden_sizes", "depths", "hidden_act", "num_channels")
+    names += ("downsample_in_first_stage", "downsample_in_bottleneck")
+    return SiglipResNetVisionConfig(**{name: getattr(pretrained, name) for name in names}, **shape)
+
+
+def _processor(arguments: SiglipModelArguments) -> SiglipResNetProcessor:
+    tokenizer = AutoTokenizer.from_pretrained(arguments.text_model, revision=arguments.text_model_revision or "main")
+    if tokenizer.pad_token is None:
+        # The text tower reads the mask, not the id, so that any token may fill the gaps.
+        tokenizer.pad_token = tokenizer.eos_token
+    pretrained = arguments.vision_model is not None
+    image_processor = SiglipImageProcessor(
+        size={"height": arguments.image_size, "width": arguments.image_size},
+        image_mean=IMAGENET_DEFAULT_MEAN if pretrained else IMAGENET_STANDARD_MEAN,
+        image_std=IMAGENET_DEFAULT_STD if pretrained else IMAGENET_STANDARD_MEAN,
+    )
+    return SiglipResNetProcessor(image_processor, tokenizer)
+
+
+def image_rows(dataset: datasets.Dataset) -> tuple[datasets.Dataset, torch.Tensor]:
+    """
+    One row an image with all its answers, and the decoded images.
+
+    Args:
+        dataset (`datasets.Dataset`): a split of [`load_cifar10_qa`].
+
+    Returns:
+        `tuple`: a `datasets.Dataset` with `image_index`, `texts`, `facts` (what each text states, or "") and `label`, and a `torch.ByteTensor` of shape
+        `(images, 3, height, width)`.
+    """
+    images, positions = distinct_images(dataset)
+    texts, facts = defaultdict(list), defaultdict(list)
+    columns = (positions, dataset["answer"], dataset["question_type"], dataset["short_answer"])
+    for position, answer, question_type, short_answer in zip(*columns, strict=True):
+        texts[position].append(answer)
+        facts[position].append(stated_fact(answer, question_type, short_answer))
+    rows = {
+        "image_index": range(len(images)),
+        "texts": [texts[position] for position in range(len(images))],
+        "facts": [facts[position] for position in range(len(images))],
+        "label": images["label"],
+    }
+    return datasets.Dataset.from_dict(rows), decode_images(images, range(len(images)))
+
+
+def cache_text_features(collator: SiglipCollator, model: SiglipResNetModel, texts: list[str]) -> None:
+    """Run the frozen text tower once for each distinct text, and let `collator` give the results."""
+    distinct = {text_key(text): text for text in reversed(texts)}
+    logger.info("embedding %d distinct texts once", len(distinct))
+    collator.text_rows = {key: row for row, key in enumerate(distinct)}
+    collator.text_features = pool_texts(
+        model, collator.processor, list(distinct.values()), max_length=collator.max_text_length
+    )
+    whiten_text_projection(model, collator.text_features)
+
+
+@torch.no_grad()
+def whiten_text_projection(model: SiglipResNetModel, features: torch.Tensor) -> None:
+    """
+    Start the text projection so that embeddings of different texts point in different directions.
+
+    The states of a language model share a large common part; projected at random, all texts have nearly the same
+    embedding, and the loss has nothing to compare. The projection is composed with the whitening of `features`
+    (centred, all principal directions at unit variance), as for sentence embeddings in Su et al., arXiv 2103.15316.
+
+    Args:
+        model (`SiglipResNetModel`): its `text_model.projection` is set.
+        features (`torch.Tensor` of shape `(texts, hidden_size)`): pooled states of the training texts.
+    """
+    mean = features.double().mean(0)  # (hidden_size,)
+    variances, directions = torch.linalg.eigh(torch.cov((features.double() - mean).t()))  # ascending
+    # Directions with almost no variance hold rounding noise, which must not be blown up.
+    scale = (variances + 1e-3 * variances.mean()).rsqrt()
+    whitening = scale[:, None] * directions.t()  # (hidden_size, hidden_size)
+    projection = model.text_model.projection
+    weight = projection.weight.double().cpu() @ whitening
+    projection.weight.copy_(weight)
+    projection.bias.copy_(-weight @ mean)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`sigphi train-siglip`: options, data, model, training, artifact, evaluation."""
+    model_arguments, data_arguments, arguments = parse_arguments(
+        [SiglipModelArguments, DataArguments, SiglipTrainingArguments], argv, "sigphi train-siglip"
+    )
+    set_seed(arguments.seed)
+    data = load_cifar10_qa(
+        data_arguments.input_csv,
+        data_arguments.images,
+        data_arguments.image_split,
+        data_arguments.eval_fraction,
+        data_arguments.split_seed,
+        data_arguments.on_faulty_answers,
+    )
+    train_rows, train_pixels = image_rows(data["train"])
+    eval_rows, eval_pixels = image_rows(data["eval"]) if "eval" in data else (None, train_pixels[:0])
+    model, processor = build_encoder(model_arguments)
+    if arguments.channels_last:
+        model.vision_model.to(memory_format=torch.channels_last)
+    # The evaluation rows name the same tensor's rows, behind those of training.
+    if eval_rows is not None:
+        eval_rows = eval_rows.map(lambda row: {"image_index": row["image_index"] + len(train_pixels)})
+    collator = SiglipCollator(processor, torch.cat([train_pixels, eval_pixels]), model_arguments.max_text_length)
+    if model_arguments.cache_text_features != "off" and not model_arguments.train_text_tower:
+        cache_text_features(collator, model, [answer for part in data.values() for answer in part["answer"]])
+    labels = None if eval_rows is None else torch.tensor(eval_rows["label"])
+
+    def zero_shot(trained: SiglipResNetModel) -> dict[str, float]:
+        embeds = embed_images(trained, processor, eval_pixels, arguments.per_device_eval_batch_size)
+        return {"zero_shot_top1": top1_accuracy(embeds @ class_embeddings(trained, processor).t(), labels)}
+
+    trainer = SiglipTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        data_collator=collator,
+        processing_class=processor,
+        extra_evaluation=None if eval_rows is None else zero_shot,
+    )
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        folder = Path(arguments.output_dir)
+        write_training_data(folder, data["train"], data_arguments)
+        write_loss_curve(trainer.state.log_history, folder)
+        if "eval" in data:
+            logger.info("%s", evaluate_folder(str(folder), data["eval"]))
+
+
+__all__ = ["build_encoder", "image_rows", "main"]
+
+if __name__ == "__main__":
+    run_command(main, "python -m sigphi.train.siglip")

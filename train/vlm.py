@@ -1,0 +1,159 @@
+"""Stage 2: train the vision-language model on a trained encoder.
+
+sigphi train-vlm --input-csv qa.csv --siglip-checkpoint outputs/siglip --output-dir outputs/vlm
+accelerate launch -m sigphi.train.vlm --input-csv qa.csv --siglip-checkpoint outputs/siglip
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import AutoTokenizer, set_seed
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
+from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel
+from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration
+from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
+from sigphi.processing.processing_sigphi import SigPhiProcessor
+from sigphi.train.arguments import DataArguments, VlmModelArguments, VlmTrainingArguments, choose_attn_implementation
+from sigphi.train.checkpoints import read_config
+from sigphi.train.collators import VlmCollator
+from sigphi.train.data import distinct_images, load_cifar10_qa
+from sigphi.train.errors import UserError, run_command
+from sigphi.train.evaluation import encode_images, evaluate_folder
+from sigphi.train.images import decode_images
+from sigphi.train.parser import parse_arguments
+from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
+from sigphi.train.qlora import build_vlm, load_language_model
+from sigphi.train.records import write_training_data
+from sigphi.train.report import write_loss_curve
+from sigphi.train.trainers import VlmTrainer
+
+logger = logging.getLogger(__name__)
+
+MAX_CACHED_BYTES = 4 * 2**30
+
+
+def check_models(arguments: VlmModelArguments) -> None:
+    """
+    Check that both models are there and of the right kind, before any weights load.
+
+    Raises:
+        UserError: naming the option, its value and the remedy.
+    """
+    encoder = read_config(arguments.siglip_checkpoint, "--siglip-checkpoint", SiglipResNetConfig.model_type)
+    language = read_config(arguments.language_model, "--language-model", revision=arguments.language_model_revision)
+    if language.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"--language-model {arguments.language_model} is a {language.model_type!r} model, no causal LM."
+        )
+    cells = encoder.vision_config.grid_size**2
+    side = round(arguments.num_image_tokens**0.5)
+    if side * side != arguments.num_image_tokens or not 1 <= arguments.num_image_tokens <= cells:
+        raise UserError(
+            f"--num-image-tokens must be 1 or a square up to {cells}, the cells of the encoder's feature map, got "
+            f"{arguments.num_image_tokens}."
+        )
+
+
+def build_model(
+    model_arguments: VlmModelArguments, arguments: VlmTrainingArguments
+) -> tuple[SigPhiForConditionalGeneration, SigPhiProcessor]:
+    """The VLM that the options describe, in the precision of training, and its processor."""
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    encoder = SiglipResNetModel.from_pretrained(model_arguments.siglip_checkpoint, dtype=dtype)
+    tokenizer = prepare_tokenizer(
+        AutoTokenizer.from_pretrained(
+            model_arguments.language_model, revision=model_arguments.language_model_revision or "main"
+        )
+    )
+    language_model = load_language_model(
+        model_arguments,
+        # Full training needs float32 master weights; the arithmetic is in bfloat16 by autocast all the same.
+        torch.float32 if model_arguments.tuning == "full" else dtype,
+        choose_attn_implementation(model_arguments.attn_implementation),
+        arguments.device,
+    )
+    image_processor = SiglipResNetProcessor.from_pretrained(model_arguments.siglip_checkpoint).image_processor
+    processor = SigPhiProcessor(image_processor, tokenizer, num_image_tokens=model_arguments.num_image_tokens)
+    return build_vlm(encoder.vision_model, language_model, tokenizer, model_arguments), processor
+
+
+def collator_for(
+    model: SigPhiForConditionalGeneration, processor: SigPhiProcessor, pixels: torch.Tensor, cache: str
+) -> VlmCollator:
+    """
+    A collator that gives images, or their features when these are computed once beforehand.
+
+    Args:
+        pixels (`torch.ByteTensor` of shape `(images, 3, height, width)`): decoded images.
+        cache (`str`): `"on"`, `"off"`, or `"auto"`: on while all features take at most 4 GiB.
+    """
+    one = encode_images(model, processor, pixels[:1])
+    if cache == "off" or (cache == "auto" and one.numel() * 4 * len(pixels) > MAX_CACHED_BYTES):
+        return VlmCollator(processor.tokenizer.pad_token_id, images=pixels, processor=processor)
+    logger.info("computing the features of %d images once", len(pixels))
+    features = encode_images(model, processor, pixels)
+    return VlmCollator(processor.tokenizer.pad_token_id, image_features=features)
+
+
+def check_lengths(rows: list[dict[str, Any]], dataset: datasets.Dataset, longest: int, option: str) -> None:
+    """Raise a [`UserError`] naming the first row that is longer than the language model's context."""
+    for row, question in zip(rows, dataset["question"], strict=True):
+        length = len(row["prompt_ids"]) + len(row["answer_ids"])
+        if length > longest:
+            raise UserError(
+                f"{option}: the question {question[:60]!r} and its answer have {length} tokens, the language model reads "
+                f"at most {longest}. Shorten or remove the row."
+            )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`sigphi train-vlm`: options, data, model, training, artifact, evaluation."""
+    model_arguments, data_arguments, arguments = parse_arguments(
+        [VlmModelArguments, DataArguments, VlmTrainingArguments], argv, "sigphi train-vlm"
+    )
+    check_models(model_arguments)
+    set_seed(arguments.seed)
+    data = load_cifar10_qa(
+        data_arguments.input_csv,
+        data_arguments.images,
+        data_arguments.image_split,
+        data_arguments.eval_fraction,
+        data_arguments.split_seed,
+        data_arguments.on_faulty_answers,
+    )
+    everything = datasets.concatenate_datasets(list(data.values()))
+    images, positions = distinct_images(everything)
+    pixels = decode_images(images, range(len(images)))
+    model, processor = build_model(model_arguments, arguments)
+    rows = tokenized_rows(processor, everything, positions)
+    longest = model.config.text_config.max_position_embeddings
+    check_lengths(rows, everything, longest, f"--input-csv {data_arguments.input_csv}")
+    num_train = len(data["train"])
+    trainer = VlmTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(rows[:num_train]),
+        eval_dataset=datasets.Dataset.from_list(rows[num_train:]) if "eval" in data else None,
+        data_collator=collator_for(model, processor, pixels, model_arguments.cache_image_features),
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        folder = Path(arguments.output_dir)
+        write_training_data(folder, data["train"], data_arguments)
+        write_loss_curve(trainer.state.log_history, folder)
+        if "eval" in data:
+            del model, trainer  # the artifact is loaded anew, beside nothing
+            logger.info("%s", evaluate_folder(str(folder), data["eval"]))
+
+
+__all__ = ["build_model", "check_models", "main"]
+
+if __name__ == "__main__":
+    run_command(main, "python -m sigphi.train.vlm")
