@@ -283,7 +283,8 @@ class SiglipResNetTextModel(SiglipResNetPreTrainedModel):
         """
         tower = self._tower()
         input_ids, attention_mask, last = right_padded(input_ids, attention_mask)
-        hidden_states = tower(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (t, length, h)
+        outputs = tower(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        hidden_states = outputs.hidden_states[self.config.text_layer]  # (texts, length, hidden_size)
         if self.config.text_pooling == "last":
             return hidden_states, hidden_states[torch.arange(len(last), device=last.device), last]
         weights = attention_mask.unsqueeze(-1).to(hidden_states.dtype)  # (texts, length, 1)

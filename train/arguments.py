@@ -87,6 +87,9 @@ class SiglipModelArguments:
     text_model: str = HfArg(help="Text tower: any text model of transformers.", default="microsoft/phi-2")
     text_model_revision: str | None = HfArg(help="Revision of the text tower.", default=None)
     text_pooling: str = HfArg(help="'last' (real token) or 'mean' (over real tokens).", default="last")
+    text_layer: int = HfArg(
+        help="Hidden states to pool: -1 is the text tower's last layer, 0 its embedding.", default=-1
+    )
     train_text_tower: bool = HfArg(help="Train the text tower too; it is frozen otherwise.", default=False)
     cache_text_features: str = HfArg(
         help="Run the text tower once per distinct text, before training: 'auto' (when it is frozen), 'on', 'off'.",
@@ -205,7 +208,7 @@ class SiglipTrainingArguments(SigphiTrainingArguments):
     save_strategy: str = HfArg(help="When to save a checkpoint: 'no', 'steps', 'epoch' or 'best'.", default="epoch")
     save_total_limit: int | None = HfArg(help="Checkpoints to keep.", default=2)
     logging_steps: float = HfArg(help="Steps between two log lines.", default=20)
-    logit_learning_rate: float = HfArg(help="Peak learning rate of the temperature t' and the bias b.", default=0.03)
+    logit_learning_rate: float = HfArg(help="Peak learning rate of the temperature t' and the bias b.", default=3e-3)
     augment: bool = HfArg(help="Random shift by up to 1/8 of the image, and horizontal flip.", default=True)
     channels_last: bool = HfArg(help="Keep images and kernels in channels-last order.", default=True)
 

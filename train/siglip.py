@@ -56,6 +56,7 @@ def build_encoder(arguments: SiglipModelArguments) -> tuple[SiglipResNetModel, S
         text_config=text_config,
         projection_dim=arguments.projection_dim,
         text_pooling=arguments.text_pooling,
+        text_layer=arguments.text_layer,
         text_model_name_or_path=arguments.text_model,
         text_model_revision=arguments.text_model_revision,
         include_text_tower=False,
