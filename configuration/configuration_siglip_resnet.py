@@ -87,8 +87,8 @@ class SiglipResNetConfig(HubCodeMixin, PreTrainedConfig):
         text_pooling (`str`, *optional*, defaults to `"last"`): `"last"` takes the text tower's state at the last real
             token, `"mean"` averages over the real tokens.
         text_layer (`int`, *optional*, defaults to `-1`): which of the text tower's hidden states is pooled: 0 is the
-            embedding's, -1 the last layer's. The last layer of a causal language model says what comes next; the meaning
-            of what was read is clearer below it.
+            embedding's, -1 the last layer's. The last layer of a causal language model says what comes next; the
+            meaning of what was read is clearer below it.
         logit_scale_init_value (`float`, *optional*, defaults to `ln 10`): initial log temperature t' (Zhai et al.,
             arXiv 2303.15343, section 3.2).
         logit_bias_init_value (`float`, *optional*, defaults to `-10.0`): initial bias b (same section).

@@ -20,15 +20,16 @@ class SigPhiConfig(HubCodeMixin, PreTrainedConfig):
         text_config (`dict` or `PreTrainedConfig`, *optional*): the causal language model; Phi-2 by default.
         num_image_tokens (`int`, *optional*, defaults to `1`): soft tokens an image becomes. 1 is the image embedding;
             a larger number must be a square k * k, the feature map of the last stage averaged to k x k cells.
-        image_token_id (`int`, *optional*, defaults to `50295`): the placeholder in `input_ids`, one for each soft token.
+        image_token_id (`int`, *optional*, defaults to `50295`): the placeholder in `input_ids`, one for each soft
+            token.
         pad_token_id (`int`, *optional*, defaults to `50296`): the padding token, never the end-of-text token.
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`): activation between the projector's two layers.
         lm_head_bias (`bool`, *optional*, defaults to `True`): whether the language model's head has a bias, as Phi's.
         base_language_model (`str`, *optional*): set in the adapter form only: the repository or folder of the
             language model that the folder does not hold.
         base_language_model_revision (`str`, *optional*): its revision.
-        base_bits (`int`, *optional*, defaults to `16`): adapter form only: 4 or 8 when the LoRA was trained on the base
-            quantised by bitsandbytes (NF4 with double quantisation, or LLM.int8), which loading then repeats.
+        base_bits (`int`, *optional*, defaults to `16`): adapter form only: 4 or 8 when the LoRA was trained on the
+            base quantised by bitsandbytes (NF4 with double quantisation, or LLM.int8), which loading then repeats.
         lora (`dict`, *optional*): adapter form only: the arguments of `peft.LoraConfig`.
     """
 

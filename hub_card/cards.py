@@ -56,8 +56,8 @@ def _form(config: dict[str, Any]) -> str:
         "`peft`" if bits == 16 else "`peft` and `bitsandbytes` (`base_bits=16` as an argument does without the latter)"
     )
     return (
-        f"This is the adapter form: image tower, projector and LoRA weights are inside, the language model `{base}` is "
-        f"read from its own place, in {bits} bits as in training. Loading needs {needs}."
+        f"This is the adapter form: image tower, projector and LoRA weights are inside, the language model `{base}` "
+        f"is read from its own place, in {bits} bits as in training. Loading needs {needs}."
     )
 
 

@@ -167,8 +167,8 @@ class SiglipResNetVisionModel(ResNetModel):
     """
     The image tower: a ResNet and a linear projection of its pooled features.
 
-    The weights of a ResNet of transformers load into it: `SiglipResNetVisionModel.from_pretrained("microsoft/resnet-50")`
-    leaves only `projection` newly made.
+    The weights of a ResNet of transformers load into it:
+    `SiglipResNetVisionModel.from_pretrained("microsoft/resnet-50")` leaves only `projection` newly made.
     """
 
     config_class = SiglipResNetVisionConfig
@@ -298,7 +298,8 @@ class SiglipResNetTextModel(SiglipResNetPreTrainedModel):
         if self.language_model is None:
             raise ValueError(
                 f"This encoder was saved without its frozen text tower {self.config.text_model_name_or_path!r} "
-                f"(revision {self.config.text_model_revision!r}); call `model.load_text_tower()` before embedding texts."
+                f"(revision {self.config.text_model_revision!r}); call `model.load_text_tower()` before embedding "
+                f"texts."
             )
         return self.language_model
 

@@ -33,6 +33,8 @@ if is_peft_available():
 
 LORA_FOLDER = "lora"
 LORA_WEIGHTS = "adapter_model.safetensors"
+# Where and how a repository is read.
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
 @dataclass
@@ -125,9 +127,12 @@ class SigPhiPreTrainedModel(PreTrainedModel):
         config = kwargs.pop("config", None)
         # Not SigPhiConfig: of code that comes with a folder, AutoConfig and the model import a copy each.
         if not isinstance(config, PreTrainedConfig):
+            # Reading the config uses these up, and the weights need them too.
+            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             config, kwargs = SigPhiConfig.from_pretrained(
                 config or pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
+            kwargs |= hub
         if config.base_language_model is None:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         return cls._from_adapter(pretrained_model_name_or_path, config, **kwargs)
@@ -136,7 +141,7 @@ class SigPhiPreTrainedModel(PreTrainedModel):
     def _from_adapter(cls, folder: Any, config: SigPhiConfig, **kwargs: Any) -> Any:
         if not is_peft_available():
             raise ImportError(f"{folder} is in adapter form, which needs `peft`: pip install peft")
-        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
         dtype = config.dtype or torch.float32 if dtype in ("auto", None) else dtype
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -290,8 +295,8 @@ class SigPhiModel(SigPhiPreTrainedModel):
                 `input_ids`.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, and if the number of placeholders
-                is not the number of soft tokens.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, and if the number of
+                placeholders is not the number of soft tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
@@ -336,8 +341,8 @@ def _check_placeholders(placeholders: torch.Tensor, soft_tokens: torch.Tensor | 
     if found != expected:
         images = 0 if soft_tokens is None else soft_tokens.shape[0]
         raise ValueError(
-            f"Image features and image tokens do not match: {images} images give {expected} features, but the text has "
-            f"{found} image tokens. Use the processor of this model, and give each text its image."
+            f"Image features and image tokens do not match: {images} images give {expected} features, but the text "
+            f"has {found} image tokens. Use the processor of this model, and give each text its image."
         )
 
 
@@ -484,8 +489,8 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
         targets = targets[supervised]  # (supervised,)
         if targets.numel() == 0:
             raise ValueError(
-                f"`labels` of shape {tuple(labels.shape)} has no supervised token (all are -100): there is no answer to "
-                f"learn from in this batch."
+                f"`labels` of shape {tuple(labels.shape)} has no supervised token (all are -100): there is no answer "
+                f"to learn from in this batch."
             )
         logits = self.lm_head(hidden_states[:, :-1][supervised])  # (supervised, vocab_size)
         return self.loss_function(
@@ -518,7 +523,8 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
         Read image tower, projector and LoRA weights; every tensor must have its place, and every place its tensor.
 
         Args:
-            weights (`dict`): tensors by the names that the adapter form saves, those of LoRA as `lora_keys` gives them.
+            weights (`dict`): tensors by the names that the adapter form saves, those of LoRA as `lora_keys` gives
+                them.
 
         Raises:
             ValueError: if a name is missing or unexpected.

@@ -28,6 +28,8 @@ from sigphi import (
     SigPhiForConditionalGeneration,
     SigPhiProcessor,
 )
+from sigphi.train.base_lm import BaseModelArguments, qa_texts, small_phi, train_tokenizer
+from sigphi.train.data import build_csv, load_cifar10_qa
 
 # One thread here and in child processes: a sum in another order differs in the last bit.
 torch.set_num_threads(1)
@@ -281,3 +283,28 @@ def run_stranger(run_child: Callable[..., str]) -> Callable[..., str]:
         return run_child('import sys\nsys.modules["sigphi"] = None\n' + code, **env)
 
     return run
+
+
+# For whole runs of the commands: a CSV about drawn pictures, and a language model whose tokenizer knows its words.
+TOY_IMAGES = "synthetic:200"
+
+
+@pytest.fixture(scope="session")
+def toy_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions about the first 60 of the train pictures of `TOY_IMAGES`. Read only."""
+    path = tmp_path_factory.mktemp("toy") / "qa.csv"
+    build_csv(path, TOY_IMAGES, "train", num_images=60)
+    return path
+
+
+@pytest.fixture(scope="session")
+def toy_base(toy_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Phi of two layers, hidden size 64 and random weights, and its tokenizer. Read only."""
+    folder = tmp_path_factory.mktemp("toy_base")
+    data = load_cifar10_qa(toy_csv, TOY_IMAGES, eval_fraction=0)["train"]
+    tokenizer = train_tokenizer(qa_texts(data["question"], data["answer"]), 500)
+    torch.manual_seed(0)
+    size = BaseModelArguments(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    small_phi(size, tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -825,3 +825,18 @@ def test_full_size_lora_has_the_published_number_of_parameters():
     hidden, inner, layers, rank = PHI_2["hidden_size"], PHI_2["intermediate_size"], PHI_2["num_hidden_layers"], 8
     by_hand = layers * rank * (4 * (hidden + hidden) + 2 * (hidden + inner))
     assert sum(parameter.numel() for parameter in lora.values()) == by_hand == 11_796_480
+
+
+def test_hub_arguments_reach_the_weights_of_the_adapter_form(
+    make_lora_vlm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_lora_vlm().save_pretrained(tmp_path)
+    seen = []
+
+    def local_file(folder: str, name: str, **hub: Any) -> str:
+        seen.append(hub)
+        return str(Path(folder, name))
+
+    monkeypatch.setattr("sigphi.modeling.modeling_sigphi.cached_file", local_file)
+    SigPhiForConditionalGeneration.from_pretrained(str(tmp_path), revision="v1", local_files_only=True)
+    assert seen == [{"revision": "v1", "local_files_only": True}] * 2

@@ -186,10 +186,10 @@ class SiglipTrainingArguments(SigphiTrainingArguments):
     r"""
     Options of [`SiglipTrainer`].
 
-    Defaults that differ from [`~transformers.TrainingArguments`]: `per_device_train_batch_size` 256,
-    `num_train_epochs` 10, `learning_rate` 1e-3, `weight_decay` 0.05, `warmup_steps` 0.1 (a ratio), `lr_scheduler_type`
-    `"cosine"`, `eval_strategy` and `save_strategy` `"epoch"`, `save_total_limit` 2, `logging_steps` 20, and those of
-    [`SigphiTrainingArguments`].
+    Defaults that differ from [`~transformers.TrainingArguments`]: `per_device_train_batch_size` and
+    `per_device_eval_batch_size` 256, `num_train_epochs` 10, `learning_rate` 1e-3, `weight_decay` 0.05, `warmup_steps`
+    0.1 (a ratio), `lr_scheduler_type` `"cosine"`, `eval_strategy` and `save_strategy` `"epoch"`, `save_total_limit` 2,
+    `logging_steps` 20, and those of [`SigphiTrainingArguments`].
     """
 
     _argument_group_name = "training"
@@ -219,9 +219,9 @@ class VlmTrainingArguments(SigphiTrainingArguments):
     Options of [`VlmTrainer`].
 
     Defaults that differ from [`~transformers.TrainingArguments`]: `per_device_train_batch_size` 32,
-    `num_train_epochs` 1, `learning_rate` 2e-4 (LoRA), `warmup_steps` 0.03 (a ratio), `lr_scheduler_type` `"cosine"`,
-    `bf16` and `gradient_checkpointing` on, `eval_strategy` and `save_strategy` `"epoch"`, `save_total_limit` 2,
-    `logging_steps` 20, and those of [`SigphiTrainingArguments`].
+    `per_device_eval_batch_size` 64, `num_train_epochs` 1, `learning_rate` 2e-4 (LoRA), `warmup_steps` 0.03 (a ratio),
+    `lr_scheduler_type` `"cosine"`, `bf16` and `gradient_checkpointing` on, `eval_strategy` and `save_strategy`
+    `"epoch"`, `save_total_limit` 2, `logging_steps` 20, and those of [`SigphiTrainingArguments`].
     """
 
     _argument_group_name = "training"
@@ -248,7 +248,7 @@ class VlmTrainingArguments(SigphiTrainingArguments):
         super().__post_init__()
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             # The reentrant kind gives no gradients when the block's inputs need none, as with a frozen base.
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+            self.gradient_checkpointing_kwargs: dict[str, Any] | None = {"use_reentrant": False}
 
 
 def one_of(option: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -284,19 +284,19 @@ def check_launch(arguments: TrainingArguments) -> None:
     Refuse set-ups in which several processes or devices would train something else than one model on one batch.
 
     Raises:
-        UserError: if `WORLD_SIZE` is not the number of processes that train together, or if several GPUs are visible to
-            one process (the Trainer would use DataParallel, which breaks the loss over the batch).
+        UserError: if `WORLD_SIZE` is not the number of processes that train together, or if several GPUs are visible
+            to one process (the Trainer would use DataParallel, which breaks the loss over the batch).
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != arguments.world_size:
         raise UserError(
             f"WORLD_SIZE is {world}, but {arguments.world_size} process trains: each would train alone. On CPU launch "
-            f"with: torchrun --nproc_per_node {world} -m sigphi.train.siglip --use_cpu ..."
+            f"with: torchrun --nproc_per_node {world} -m sigphi.train.vlm --use_cpu ..."
         )
     if arguments.n_gpu > 1:
         raise UserError(
             f"{arguments.n_gpu} GPUs are visible to one process. Launch one process for each: accelerate launch "
-            f"--num_processes {arguments.n_gpu} -m sigphi.train.siglip ... (or set CUDA_VISIBLE_DEVICES=0)"
+            f"--num_processes {arguments.n_gpu} -m sigphi.train.vlm ... (or set CUDA_VISIBLE_DEVICES=0)"
         )
 
 

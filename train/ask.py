@@ -1,7 +1,7 @@
 """Ask a VLM about an image.
 
-    sigphi ask outputs/vlm cat.png -q "What is the main object in this image?"
-    sigphi ask outputs/vlm test:12            # a chat; an empty line ends it
+sigphi ask outputs/vlm cat.png -q "What is the main object in this image?"
+sigphi ask outputs/vlm test:12            # a chat; an empty line ends it
 """
 
 import sys
@@ -21,7 +21,9 @@ class AskArguments:
     _argument_group_name = "ask"
 
     question: str | None = HfArg(aliases=["-q"], help="The question; without it a chat starts.", default=None)
-    images: str = HfArg(help="Image set that IMAGE counts in when it is a row, such as test:12.", default="uoft-cs/cifar10")
+    images: str = HfArg(
+        help="Image set that IMAGE counts in when it is a row, such as test:12.", default="uoft-cs/cifar10"
+    )
     max_new_tokens: int = HfArg(help="Longest answer in tokens.", default=80)
 
 

@@ -9,6 +9,7 @@ nothing of its images, to be used as `--language-model` and `--text-model`.
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,6 +27,7 @@ from sigphi.train.arguments import DataArguments, SigphiTrainingArguments
 from sigphi.train.data import load_cifar10_qa
 from sigphi.train.errors import run_command
 from sigphi.train.parser import parse_arguments
+from sigphi.train.report import write_loss_curve
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +143,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        write_loss_curve(trainer.state.log_history, Path(arguments.output_dir))
 
 
 __all__ = ["BaseModelArguments", "main", "qa_texts", "small_phi", "train_tokenizer"]

@@ -40,7 +40,9 @@ def open_image(name: str, images: str) -> Image.Image:
         with Image.open(name) as image:
             return to_rgb(image)
     except FileNotFoundError as error:
-        raise UserError(f"IMAGE {name}: there is no such file. Give a picture, or test:12 for a row of --images.") from error
+        raise UserError(
+            f"IMAGE {name}: there is no such file. Give a picture, or test:12 for a row of --images."
+        ) from error
     except (UnidentifiedImageError, IsADirectoryError, Image.DecompressionBombError, OSError) as error:
         raise UserError(f"IMAGE {name}: this is no picture that can be read ({error}).") from error
 
@@ -77,7 +79,9 @@ class Conversation:
             UserError: if the question alone does not fit, or holds the image placeholder.
         """
         if self.processor.image_token in question:
-            raise UserError(f"the question holds {self.processor.image_token!r}, which stands for the image; leave it out.")
+            raise UserError(
+                f"the question holds {self.processor.image_token!r}, which stands for the image; leave it out."
+            )
         longest = self.model.config.text_config.max_position_embeddings - self.max_new_tokens
         first = 0
         inputs = self._inputs(self.turns, question)

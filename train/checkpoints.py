@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
@@ -33,7 +34,8 @@ def read_config(name: str, option: str, *model_types: str, revision: str | None 
         raise UserError(f"{option} {name}: there is no model folder with a config.json here.")
     try:
         config = AutoConfig.from_pretrained(name, revision=revision or "main")
-    except (OSError, ValueError) as error:
+    # What a config's own checks refuse is no ValueError.
+    except (OSError, ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{option} {name}: cannot be read ({reason}). Give a model folder, or a reachable Hub id."
@@ -60,7 +62,8 @@ def check_token_counts(config: SigPhiConfig, processor: Any, name: str) -> None:
     if processor.num_image_tokens != config.num_image_tokens:
         raise UserError(
             f"{name}: its processor makes {processor.num_image_tokens} image tokens, its model expects "
-            f"{config.num_image_tokens}. Save both from the same run, or correct num_image_tokens in processor_config.json."
+            f"{config.num_image_tokens}. Save both from the same run, or correct num_image_tokens in "
+            f"processor_config.json."
         )
 
 

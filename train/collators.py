@@ -20,8 +20,8 @@ class SiglipCollator:
 
     Texts that are equal after stripping and lower-casing are one text of the batch: it is encoded once, and it is a
     positive of every image that has it. A text that states a fact (`"object=deer"`) is a positive of every image of
-    which this fact is known, in whatever words; where nothing is known of the attribute (`"object"`), the pair is ignored.
-    Otherwise the loss would push an image away from what is true of it.
+    which this fact is known, in whatever words; where nothing is known of the attribute (`"object"`), the pair is
+    ignored. Otherwise the loss would push an image away from what is true of it.
 
     Args:
         processor (`SiglipResNetProcessor`): prepares both modalities.
@@ -147,6 +147,7 @@ class VlmCollator:
         }
         if self.image_features is not None:
             return batch | {"image_features": self.image_features[indices]}
+        assert self.images is not None, "a collator has `images` or `image_features`"
         return batch | {"pixel_values": preprocess(self.processor, self.images[indices])}
 
 
@@ -186,4 +187,12 @@ def random_shift_and_flip(pixel_values: torch.Tensor, shift: int) -> torch.Tenso
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-__all__ = ["IGNORE_INDEX", "SiglipCollator", "VlmCollator", "pair_masks", "preprocess", "random_shift_and_flip", "text_key"]
+__all__ = [
+    "IGNORE_INDEX",
+    "SiglipCollator",
+    "VlmCollator",
+    "pair_masks",
+    "preprocess",
+    "random_shift_and_flip",
+    "text_key",
+]

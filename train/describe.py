@@ -1,6 +1,6 @@
 """Describe images in detail.
 
-    sigphi describe outputs/vlm cat.png dog.png
+sigphi describe outputs/vlm cat.png dog.png
 """
 
 import sys

@@ -1,5 +1,6 @@
 """The errors that a user can mend, and how a command ends on one."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -23,9 +24,23 @@ def run_command(main: Callable[[], None], program: str) -> None:
         main (`Callable`): the command's body.
         program (`str`): the name that starts the printed line, such as `"sigphi train-siglip"`.
     """
+    is_first = os.environ.get("RANK", "0") == "0"
+    _show_log(logging.INFO if is_first else logging.ERROR)
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first:
             sys.stderr.write(f"{program}: error: {error}\n")
         sys.exit(2)
+
+
+def _show_log(level: int) -> None:
+    """Let this package's log reach standard error, also that of a module that runs as the program itself."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name in ("sigphi", "__main__"):
+        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).handlers = [handler]
+
+
+__all__ = ["UserError", "run_command"]

@@ -66,7 +66,9 @@ def embed_images(model: SiglipResNetModel, processor: Any, images: torch.Tensor,
 def pool_texts(
     model: SiglipResNetModel, processor: Any, texts: Sequence[str], batch_size: int = 256, max_length: int = 64
 ) -> torch.Tensor:
-    """What the text projection reads, float32, of shape `(texts, hidden_size)`, on the CPU; similar lengths together."""
+    """
+    What the text projection reads, float32, of shape `(texts, hidden_size)`, on the CPU; similar lengths together.
+    """
     was_training = model.training
     model.eval()
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
@@ -279,10 +281,11 @@ def evaluate_vlm(
         seed (`int`, *optional*, defaults to 0): of the permutation.
 
     Returns:
-        `dict`: `eval_loss` (nats per supervised token) and `token_f1`; over rows with a short answer `answer_accuracy`,
-        `answer_count`, `accuracy/<type>` beside `majority/<type>`; over rows that ask for the object `class_accuracy`,
-        `class_count`, `majority/class`; each accuracy also with `_shuffled_image` and `_blank_image`; and `image_gain`,
-        `image_gain/<type>`, `class_image_gain`: real minus shuffled. Keys without rows are absent.
+        `dict`: `eval_loss` (nats per supervised token) and `token_f1`; over rows with a short answer
+        `answer_accuracy`, `answer_count`, `accuracy/<type>` beside `majority/<type>`; over rows that ask for the
+        object `class_accuracy`, `class_count`, `majority/class`; each accuracy also with `_shuffled_image` and
+        `_blank_image`; and `image_gain`, `image_gain/<type>`, `class_image_gain`: real minus shuffled. Keys without
+        rows are absent.
 
     Raises:
         ValueError: if one class has more than half of the images, so that no permutation changes every label.
@@ -390,7 +393,7 @@ def evaluate_folder(name: str, dataset: datasets.Dataset, **options: Any) -> dic
     """
     model, processor = load_for_evaluation(name)
     evaluate = evaluate_vlm if model.config.model_type == SigPhiConfig.model_type else evaluate_encoder
-    results: dict[str, Any] = dict(evaluate(model, processor, dataset, **options))  # type: ignore[operator]
+    results: dict[str, Any] = dict(evaluate(model, processor, dataset, **options))
     results["metadata"] = {
         "rows": len(dataset),
         "images": len(set(zip(dataset["split"], dataset["dataset_index"], strict=True))),
@@ -425,8 +428,8 @@ def only_unseen(dataset: datasets.Dataset, model: str) -> datasets.Dataset:
     ]
     if not keep:
         raise UserError(
-            f"{model} was trained on all images of this CSV (splits {sorted(seen_splits)}, --eval-fraction {fraction}); "
-            f"evaluate it on a CSV of other images."
+            f"{model} was trained on all images of this CSV (splits {sorted(seen_splits)}, --eval-fraction "
+            f"{fraction}); evaluate it on a CSV of other images."
         )
     if len(keep) < len(dataset):
         logger.warning(
@@ -473,7 +476,7 @@ def main(argv: list[str] | None = None) -> None:
     sys.stdout.write(results_table(evaluate_folder(model, dataset, **kwargs)))
 
 
-__all__ = ["evaluate_encoder", "evaluate_folder", "evaluate_vlm", "generate_answers", "main"]
+__all__ = ["evaluate_encoder", "evaluate_folder", "evaluate_vlm", "generate_answers", "main", "results_table"]
 
 if __name__ == "__main__":
     run_command(main, "sigphi evaluate")

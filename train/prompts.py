@@ -32,7 +32,9 @@ def tokenize_questions(processor: SigPhiProcessor, questions: Sequence[str]) -> 
 def tokenized_rows(
     processor: SigPhiProcessor, dataset: datasets.Dataset, image_indices: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Rows for the VLM's collator: the prompt's ids as at inference, and the answer's ids with the end-of-text token."""
+    """
+    Rows for the VLM's collator: the prompt's ids as at inference, and the answer's ids with the end-of-text token.
+    """
     prompts = tokenize_questions(processor, dataset["question"])
     tokenizer = processor.tokenizer
     answers = tokenizer([f" {answer.strip()}" for answer in dataset["answer"]], add_special_tokens=False)["input_ids"]
@@ -46,7 +48,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str = "<i
     """
     Add the image placeholder, and a padding token that is not the end-of-text token, where they are missing.
 
-    With one token for both, the end of an answer would be masked like padding, and the model would never learn to stop.
+    With one token for both, the end of an answer would be masked like padding, and the model would never learn to
+    stop.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): changed in place.

@@ -1,6 +1,7 @@
 """Putting the VLM together for training: quantised base, LoRA layers, what is trained and what is frozen."""
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from sigphi.configuration.configuration_sigphi import SigPhiConfig
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetVisionModel
 from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration, base_quantization
 from sigphi.train.arguments import VlmModelArguments
+from sigphi.train.records import durable_name
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +48,9 @@ def keep_4bit_weights_trainable_on_cpu(model: nn.Module) -> None:
     On processors that have it, the first forward pass without gradients repacks the weights for inference, after which
     a training step fails with "a view of a leaf Variable".
     """
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
+    layers: list[Any] = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
 
 
 def linear_names(language_model: nn.Module) -> list[str]:
@@ -100,20 +102,21 @@ def build_vlm(
 
 
 def _add_lora(model: SigPhiForConditionalGeneration, arguments: VlmModelArguments) -> None:
-    model.config.base_language_model = arguments.language_model
+    model.config.base_language_model = durable_name(arguments.language_model)
     model.config.base_language_model_revision = arguments.language_model_revision
     model.config.base_bits = arguments.bits
+    targets = linear_names(model.model.language_model)
     model.add_lora(
         {
             "r": arguments.lora_r,
             "lora_alpha": arguments.lora_alpha,
             "lora_dropout": arguments.lora_dropout,
             "use_rslora": True,
-            "target_modules": linear_names(model.model.language_model),
+            "target_modules": targets,
         }
     )
     trained = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n and p.requires_grad)
-    logger.info("LoRA r=%d on %s: %d parameters", arguments.lora_r, model.config.lora["target_modules"], trained)
+    logger.info("LoRA r=%d on %s: %d parameters", arguments.lora_r, targets, trained)
 
 
 __all__ = ["build_vlm", "keep_4bit_weights_trainable_on_cpu", "linear_names", "load_language_model"]

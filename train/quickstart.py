@@ -78,12 +78,15 @@ def main(argv: list[str] | None = None) -> None:
     with _Timed(seconds, "evaluation"):
         results = {name: evaluate_folder(str(folder / name), test) for name in ("siglip", "vlm")}
     answered = ask_some(folder / "vlm", test, count=3)
+    answered[0].image.save(folder / "sample.png")
     write_report(folder, results, answered, seconds)
     sys.stdout.write(_figures_table(results))
     for one in answered:
         sys.stdout.write(f"\n{one.question}\n  true:  {one.true_answer}\n  given: {one.given_answer}\n")
     total = sum(seconds.values())
-    sys.stdout.write(f"\n{total:.0f} s. Report: {folder / 'report.md'}; models: {folder / 'siglip'}, {folder / 'vlm'}\n")
+    sys.stdout.write(
+        f"\n{total:.0f} s. Report: {folder / 'report.md'}; models: {folder / 'siglip'}, {folder / 'vlm'}\n"
+    )
 
 
 class _Timed:
@@ -122,27 +125,29 @@ def _figures_table(results: dict[str, Any]) -> str:
     return markdown_table(("model", "figure", "value"), rows)
 
 
-def write_report(
-    folder: Path, results: dict[str, Any], answered: list[Answered], seconds: dict[str, float]
-) -> None:
+def write_report(folder: Path, results: dict[str, Any], answered: list[Answered], seconds: dict[str, float]) -> None:
     """Write `report.md` with its pictures, and the same facts as `report.json`."""
     picture_grid([one.image for one in answered], columns=len(answered)).save(folder / "samples.png")
     questions = [
         (number, one.question, one.true_answer, one.given_answer, "yes" if one.correct else "no")
         for number, one in enumerate(answered, 1)
     ]
+    curves = (
+        "![Loss of the encoder over the steps](siglip/loss_curve.png)",
+        "![Loss of the VLM over the steps](vlm/loss_curve.png)",
+    )
     text = f"""# sigphi quickstart
 
 {_figures_table(results)}
-Every figure is over {results["vlm"]["metadata"]["images"]} images that no training saw. `majority/...` is what a model that sees
-nothing can reach; `image_gain` is the accuracy with the right image minus that with another image.
+Every figure is over {results["vlm"]["metadata"]["images"]} images that no training saw. `majority/...` is what a
+model that sees nothing can reach; `image_gain` is the accuracy with the right image minus that with another image.
 
 ![The images of the questions below, numbered](samples.png)
 
 {markdown_table(("image", "question", "true answer", "given answer", "right"), questions)}
 | encoder | VLM |
 | --- | --- |
-| ![Loss of the encoder over the steps](siglip/loss_curve.png) | ![Loss of the VLM over the steps](vlm/loss_curve.png) |
+| {" | ".join(curves)} |
 
 {markdown_table(("stage", "seconds"), [(name, f"{value:.0f}") for name, value in seconds.items()])}"""
     (folder / "report.md").write_text(text, encoding="utf-8")

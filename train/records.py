@@ -22,6 +22,11 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def durable_name(name: str) -> str:
+    """A model's name as a saved config has to hold it: a folder's absolute path, a Hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
 def write_training_data(folder: Path, train: datasets.Dataset, arguments: DataArguments) -> None:
     """
     Record what a model was trained on, so that an evaluation can leave it out.
@@ -51,4 +56,12 @@ def environment() -> dict[str, str]:
     }
 
 
-__all__ = ["EVAL_RESULTS", "LOG_HISTORY", "TRAINING_DATA", "environment", "write_json", "write_training_data"]
+__all__ = [
+    "EVAL_RESULTS",
+    "LOG_HISTORY",
+    "TRAINING_DATA",
+    "durable_name",
+    "environment",
+    "write_json",
+    "write_training_data",
+]

@@ -5,8 +5,10 @@ accelerate launch -m sigphi.train.siglip --input-csv qa.csv --output-dir outputs
 """
 
 import logging
+import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -21,12 +23,12 @@ from sigphi.train.checkpoints import read_config
 from sigphi.train.collators import SiglipCollator, text_key
 from sigphi.train.data import distinct_images, load_cifar10_qa
 from sigphi.train.errors import run_command
-from sigphi.train.evaluation import class_embeddings, embed_images, evaluate_folder, pool_texts
+from sigphi.train.evaluation import class_embeddings, embed_images, evaluate_folder, pool_texts, results_table
 from sigphi.train.images import decode_images
 from sigphi.train.metrics import top1_accuracy
 from sigphi.train.parser import parse_arguments
 from sigphi.train.questions import stated_fact
-from sigphi.train.records import write_training_data
+from sigphi.train.records import durable_name, write_training_data
 from sigphi.train.report import write_loss_curve
 from sigphi.train.trainers import SiglipTrainer
 
@@ -57,7 +59,7 @@ def build_encoder(arguments: SiglipModelArguments) -> tuple[SiglipResNetModel, S
         projection_dim=arguments.projection_dim,
         text_pooling=arguments.text_pooling,
         text_layer=arguments.text_layer,
-        text_model_name_or_path=arguments.text_model,
+        text_model_name_or_path=durable_name(arguments.text_model),
         text_model_revision=arguments.text_model_revision,
         include_text_tower=False,
     )
@@ -65,7 +67,8 @@ def build_encoder(arguments: SiglipModelArguments) -> tuple[SiglipResNetModel, S
     if arguments.vision_model is not None:
         model.vision_model = SiglipResNetVisionModel.from_pretrained(arguments.vision_model, config=vision_config)
     model.load_text_tower()
-    model.text_model.language_model.requires_grad_(arguments.train_text_tower)
+    text_tower: Any = model.text_model.language_model
+    text_tower.requires_grad_(arguments.train_text_tower)
     # The tower is read apart even when it is trained, so that it starts from its own weights.
     config.include_text_tower = arguments.train_text_tower or arguments.save_text_tower
     return model, _processor(arguments)
@@ -86,8 +89,8 @@ def _vision_config(arguments: SiglipModelArguments) -> SiglipResNetVisionConfig:
             **shape,
         )
     pretrained = read_config(arguments.vision_model, "--vision-model", "resnet", SiglipResNetVisionConfig.model_type)
-    names = ("layer_type", "embedding_size", "hidden_sizes", "depths", "hidden_act", "num_channels")
-    names += ("downsample_in_first_stage", "downsample_in_bottleneck")
+    names = ["layer_type", "embedding_size", "hidden_sizes", "depths", "hidden_act", "num_channels"]
+    names += ["downsample_in_first_stage", "downsample_in_bottleneck"]
     return SiglipResNetVisionConfig(**{name: getattr(pretrained, name) for name in names}, **shape)
 
 
@@ -113,8 +116,8 @@ def image_rows(dataset: datasets.Dataset) -> tuple[datasets.Dataset, torch.Tenso
         dataset (`datasets.Dataset`): a split of [`load_cifar10_qa`].
 
     Returns:
-        `tuple`: a `datasets.Dataset` with `image_index`, `texts`, `facts` (what each text states, or "") and `label`, and a `torch.ByteTensor` of shape
-        `(images, 3, height, width)`.
+        `tuple`: a `datasets.Dataset` with `image_index`, `texts`, `facts` (what each text states, or "") and `label`,
+        and a `torch.ByteTensor` of shape `(images, 3, height, width)`.
     """
     images, positions = distinct_images(dataset)
     texts, facts = defaultdict(list), defaultdict(list)
@@ -191,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     collator = SiglipCollator(processor, torch.cat([train_pixels, eval_pixels]), model_arguments.max_text_length)
     if model_arguments.cache_text_features != "off" and not model_arguments.train_text_tower:
         cache_text_features(collator, model, [answer for part in data.values() for answer in part["answer"]])
-    labels = None if eval_rows is None else torch.tensor(eval_rows["label"])
+    labels = torch.tensor([] if eval_rows is None else eval_rows["label"])
 
     def zero_shot(trained: SiglipResNetModel) -> dict[str, float]:
         embeds = embed_images(trained, processor, eval_pixels, arguments.per_device_eval_batch_size)
@@ -213,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         write_training_data(folder, data["train"], data_arguments)
         write_loss_curve(trainer.state.log_history, folder)
         if "eval" in data:
-            logger.info("%s", evaluate_folder(str(folder), data["eval"]))
+            sys.stdout.write(results_table(evaluate_folder(str(folder), data["eval"])))
 
 
 __all__ = ["build_encoder", "image_rows", "main"]

@@ -17,20 +17,19 @@ from sigphi.hub_card.cards import write_card
 from sigphi.modeling.modeling_sigphi import LORA_FOLDER, LORA_WEIGHTS
 from sigphi.train.arguments import check_launch
 from sigphi.train.collators import random_shift_and_flip
+from sigphi.train.errors import UserError
 
 
 class _ArtifactTrainer(Trainer):
     """A Trainer whose output folders can be loaded and pushed as they are.
 
     Args:
-        extra_evaluation (`Callable`, *optional*): called with the model after each evaluation; gives further metrics by
-            name, without prefix.
+        extra_evaluation (`Callable`, *optional*): called with the model after each evaluation; gives further metrics
+            by name, without prefix.
         kwargs: those of [`~transformers.Trainer`].
     """
 
-    def __init__(
-        self, *, extra_evaluation: Callable[[nn.Module], dict[str, float]] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *, extra_evaluation: Callable[[Any], dict[str, float]] | None = None, **kwargs: Any) -> None:
         check_launch(kwargs["args"])
         super().__init__(**kwargs)
         self.extra_evaluation = extra_evaluation
@@ -48,7 +47,7 @@ class _ArtifactTrainer(Trainer):
         if self.optimizer is None:
             model = self.model if model is None else model
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(self._parameter_groups(model), **options)
+            self.optimizer: torch.optim.Optimizer = optimizer_class(self._parameter_groups(model), **options)
         return self.optimizer
 
     def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -95,8 +94,20 @@ class SiglipTrainer(_ArtifactTrainer):
     """
     Trains a [`SiglipResNetModel`] on batches of images with all their texts (see [`SiglipCollator`]).
 
-    Gradient accumulation does not add negatives: the loss compares the pairs of one micro-batch.
+    Gradient accumulation does not add negatives: the loss compares the pairs of one micro-batch. For the same reason
+    it runs in one process: the pairs of several are not gathered.
+
+    Raises:
+        UserError: in a job of several processes.
     """
+
+    def __init__(self, **kwargs: Any) -> None:
+        if kwargs["args"].world_size > 1:
+            raise UserError(
+                f"the encoder trains in one process, and this job has {kwargs['args'].world_size}: each would compare "
+                f"only its own pairs. Launch one process, with a larger --batch-size."
+            )
+        super().__init__(**kwargs)
 
     def learning_rate_of(self, name: str) -> float:
         """Temperature and bias are two numbers on a scale of ten; at the rate of the weights they would not move."""
@@ -151,20 +162,22 @@ class VlmTrainer(_ArtifactTrainer):
             with self.compute_loss_context_manager():
                 loss = model(**batch, logits_to_keep=1).loss
             totals += torch.stack([loss.double() * tokens, tokens.double(), torch.tensor(len(batch["labels"]))]).cpu()
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            self.control: Any = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         totals = self.accelerator.reduce(totals.to(self.args.device).float(), "sum").cpu()
         metrics = {f"{metric_key_prefix}_loss": (totals[0] / totals[1]).item()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(totals[2]))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """A checkpoint in adapter form brings only what was trained, and the image tower; the base is already there."""
-        model = self.accelerator.unwrap_model(model or self.model)
-        if model.config.lora is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        """
+        A checkpoint in adapter form brings only what was trained, and the image tower; the base is already there.
+        """
+        vlm: Any = self.accelerator.unwrap_model(model or self.model)
+        if vlm.config.lora is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, vlm)
             return
         weights = load_file(os.path.join(resume_from_checkpoint, "model.safetensors"))
         lora = load_file(os.path.join(resume_from_checkpoint, LORA_FOLDER, LORA_WEIGHTS))
-        model.load_adapter_weights(weights | model.lora_keys(lora))
+        vlm.load_adapter_weights(weights | vlm.lora_keys(lora))
 
     def _load_best_model(self) -> None:
         """As the Trainer's, for the adapter form too."""

@@ -5,6 +5,7 @@ accelerate launch -m sigphi.train.vlm --input-csv qa.csv --siglip-checkpoint out
 """
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sigphi.train.checkpoints import read_config
 from sigphi.train.collators import VlmCollator
 from sigphi.train.data import distinct_images, load_cifar10_qa
 from sigphi.train.errors import UserError, run_command
-from sigphi.train.evaluation import encode_images, evaluate_folder
+from sigphi.train.evaluation import encode_images, evaluate_folder, results_table
 from sigphi.train.images import decode_images
 from sigphi.train.parser import parse_arguments
 from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
@@ -106,8 +107,8 @@ def check_lengths(rows: list[dict[str, Any]], dataset: datasets.Dataset, longest
         length = len(row["prompt_ids"]) + len(row["answer_ids"])
         if length > longest:
             raise UserError(
-                f"{option}: the question {question[:60]!r} and its answer have {length} tokens, the language model reads "
-                f"at most {longest}. Shorten or remove the row."
+                f"{option}: the question {question[:60]!r} and its answer have {length} tokens, the language model "
+                f"reads at most {longest}. Shorten or remove the row."
             )
 
 
@@ -131,7 +132,8 @@ def main(argv: list[str] | None = None) -> None:
     pixels = decode_images(images, range(len(images)))
     model, processor = build_model(model_arguments, arguments)
     rows = tokenized_rows(processor, everything, positions)
-    longest = model.config.text_config.max_position_embeddings
+    text_config: Any = model.config.text_config
+    longest = text_config.max_position_embeddings
     check_lengths(rows, everything, longest, f"--input-csv {data_arguments.input_csv}")
     num_train = len(data["train"])
     trainer = VlmTrainer(
@@ -150,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         write_loss_curve(trainer.state.log_history, folder)
         if "eval" in data:
             del model, trainer  # the artifact is loaded anew, beside nothing
-            logger.info("%s", evaluate_folder(str(folder), data["eval"]))
+            sys.stdout.write(results_table(evaluate_folder(str(folder), data["eval"])))
 
 
 __all__ = ["build_model", "check_models", "main"]

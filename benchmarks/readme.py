@@ -1,0 +1,62 @@
+"""Render the README's table of results from benchmarks/results/*.json.
+
+    python benchmarks/readme.py
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+MARKED = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.DOTALL)
+
+
+def read(name: str) -> dict[str, Any]:
+    """One committed result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def row(what: str, figure: str, value: float, chance: float | None) -> str:
+    """One line of the table."""
+    return f"| {what} | `{figure}` | {value:.3f} | {'' if chance is None else f'{chance:.3f}'} |\n"
+
+
+def vlm_rows(what: str, results: dict[str, float]) -> str:
+    """The lines of one VLM."""
+    return (
+        row(what, "class_accuracy", results["class_accuracy"], results["majority/class"])
+        + row(what, "answer_accuracy", results["answer_accuracy"], results["answer_accuracy_shuffled_image"])
+        + row(what, "image_gain", results["image_gain"], 0.0)
+    )
+
+
+def table() -> str:
+    """The table, and the sentence on where its figures come from."""
+    cifar, quick = read("cifar10"), read("quickstart")
+    test = cifar["test"]
+    lines = "| run | figure | value | without looking |\n| --- | --- | --- | --- |\n"
+    lines += row("quickstart, encoder", "zero_shot_top1", quick["results"]["siglip"]["zero_shot_top1"], 0.1)
+    lines += vlm_rows("quickstart, VLM (QLoRA NF4)", quick["results"]["vlm"])
+    lines += row("CIFAR-10 test, encoder", "zero_shot_top1", test["siglip"]["zero_shot_top1"], 0.1)
+    lines += vlm_rows("CIFAR-10 test, VLM (QLoRA NF4)", test["vlm"])
+    if "vlm_full" in test:
+        lines += vlm_rows("CIFAR-10 test, VLM (full training)", test["vlm_full"])
+    images = quick["results"]["vlm"]["metadata"]["images"]
+    return (
+        f"{lines}\nFrom random weights on {cifar['cores']} CPU cores. Quickstart: {images} drawn pictures that no training "
+        f"saw. CIFAR-10: the {test['vlm']['metadata']['images']:,} test images of a JPEG copy; the language model is a tiny "
+        f"Phi made for this run. Beside `answer_accuracy` stands the accuracy with another image. Scripts and raw figures: "
+        f"[benchmarks/](benchmarks/).\n"
+    )
+
+
+def main() -> None:
+    """Rewrite the marked part of the README."""
+    readme = ROOT / "README.md"
+    readme.write_text(MARKED.sub(lambda _: table(), readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Model cards: what is recorded is told, what is not is said to be unknown."""
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sigphi import SiglipResNetConfig, SigPhiConfig
+from sigphi.hub_card.cards import TEMPLATES, write_card
+
+ENCODER = {"model_type": "siglip_resnet", "projection_dim": 48, "vision_config": {"image_size": 40}}
+VLM = {"model_type": "sigphi", "num_image_tokens": 16, "vision_config": {"image_size": 40}}
+
+
+def card(folder: Path, config: dict[str, Any], model_id: str | None = None, **files: Any) -> str:
+    for name, content in {"config": config, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    write_card(folder, model_id)
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def header(text: str) -> dict[str, Any]:
+    empty, front_matter, body = text.split("---\n", 2)
+    assert empty == "" and body.lstrip().startswith("# ")
+    return yaml.safe_load(front_matter)
+
+
+def code_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("config", "task", "auto_class"),
+    [
+        (ENCODER, "zero-shot-image-classification", "AutoModel"),
+        (VLM, "image-text-to-text", "AutoModelForImageTextToText"),
+    ],
+)
+def test_header_and_loading_code(tmp_path, config, task, auto_class):
+    text = card(tmp_path, config, model_id="somebody/some-model")
+    front = header(text)
+    assert (front["library_name"], front["pipeline_tag"]) == ("transformers", task)
+    assert "sigphi" in front["tags"]
+    code = "".join(code_blocks(text))
+    ast.parse(code)
+    assert f'model = {auto_class}.from_pretrained("somebody/some-model", trust_remote_code=True)' in code
+    assert 'AutoProcessor.from_pretrained("somebody/some-model", trust_remote_code=True)' in code
+
+
+@pytest.mark.parametrize("config", [ENCODER, VLM])
+def test_unknown_facts_are_said_to_be_unknown(tmp_path, config):
+    text = card(tmp_path, config)
+    assert "Not evaluated yet: `sigphi evaluate` writes the figures." in text
+    assert "What it was trained on is not recorded." in text
+    assert "$" not in text
+
+
+@pytest.mark.parametrize("config", [ENCODER, VLM])
+def test_recorded_facts_are_told(tmp_path, config):
+    results = {"zero_shot_top1": 0.98765, "answer_count": 12, "metadata": {"rows": 3}}
+    data = {"num_images": 4321, "images": "uoft-cs/cifar10", "eval_fraction": 0.1, "images_per_split": {"train": 4321}}
+    text = card(tmp_path, config, eval_results=results, training_data=data)
+    assert "| `zero_shot_top1` | 0.9877 |" in text
+    assert "| num images | 4321 |" in text and "| images | uoft-cs/cifar10 |" in text
+    assert "metadata" not in text and "images per split" not in text
+    assert "Not evaluated yet" not in text and "not recorded" not in text
+    assert "40 x 40 pixels" in text
+
+
+def test_the_name_is_the_folder_s_by_default(tmp_path):
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    assert 'from_pretrained("my-model", trust_remote_code=True)' in card(folder, VLM)
+
+
+def test_sizes_come_from_the_config(tmp_path):
+    assert "same\n48 dimensions" in card(tmp_path, ENCODER)
+    assert "16 soft token(s)" in card(tmp_path, VLM)
+
+
+def test_an_encoder_without_text_tower_names_it(tmp_path):
+    without = ENCODER | {"include_text_tower": False, "text_model_name_or_path": "microsoft/phi-2"}
+    text = card(tmp_path, without)
+    assert "`microsoft/phi-2` is not inside" in text and "load_text_tower()" in text
+    assert "The text tower is inside" in card(tmp_path, ENCODER)
+
+
+@pytest.mark.parametrize(("bits", "needs"), [(4, "`peft` and `bitsandbytes`"), (16, "Loading needs `peft`.")])
+def test_the_adapter_form_names_its_base_and_what_it_needs(tmp_path, bits, needs):
+    text = card(tmp_path, VLM | {"base_language_model": "microsoft/phi-2", "base_bits": bits})
+    assert "the language model `microsoft/phi-2` is read from its own place" in text
+    assert f"in {bits} bits" in text and needs in text
+    assert "All weights are inside." in card(tmp_path, VLM)
+
+
+def test_a_new_card_replaces_the_old_one(tmp_path):
+    card(tmp_path, VLM)
+    assert "| `eval_loss` | 1.5000 |" in card(tmp_path, VLM, eval_results={"eval_loss": 1.5})
+
+
+@pytest.mark.parametrize("config_class", [SiglipResNetConfig, SigPhiConfig])
+def test_a_saved_config_has_a_card(tmp_path, config_class):
+    assert (TEMPLATES / f"{config_class.model_type}.md").is_file()
+    config_class().save_pretrained(tmp_path)
+    write_card(tmp_path)
+    assert header((tmp_path / "README.md").read_text(encoding="utf-8"))["library_name"] == "transformers"

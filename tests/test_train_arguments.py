@@ -1,0 +1,229 @@
+"""Options of the training commands: defaults, checks, recipes, and how a run may be launched."""
+
+import dataclasses
+import inspect
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+from sigphi.train import arguments as arguments_module
+from sigphi.train import quickstart
+from sigphi.train.arguments import (
+    DataArguments,
+    SiglipModelArguments,
+    SiglipTrainingArguments,
+    SigphiTrainingArguments,
+    VlmModelArguments,
+    VlmTrainingArguments,
+    check_launch,
+    choose_attn_implementation,
+)
+from sigphi.train.base_lm import BaseModelArguments, BaseTrainingArguments
+from sigphi.train.errors import UserError
+from sigphi.train.parser import parse_arguments
+
+SIGLIP = [SiglipModelArguments, DataArguments, SiglipTrainingArguments]
+VLM = [VlmModelArguments, DataArguments, VlmTrainingArguments]
+BASE = [BaseModelArguments, DataArguments, BaseTrainingArguments]
+DOCUMENTED = [SiglipTrainingArguments, VlmTrainingArguments, BaseTrainingArguments]
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def documented_defaults(dataclass_type: type) -> dict[str, str]:
+    """Field -> its documented default: "`a` and `b` `"epoch"`, `c` 1e-3, `d` on"."""
+    text = " ".join(dataclass_type.__doc__.split())
+    listed = re.search(r"Defaults that differ from .*?: (.*?)\.?$", text)[1]
+    defaults = {}
+    for names, value in re.findall(r"((?:`\w+`(?: and )?)+) (`\"\w+\"`|[\d.]+(?:e-\d+)?|on\b)", listed):
+        defaults |= dict.fromkeys(re.findall(r"`(\w+)`", names), value.strip('`"'))
+    return defaults
+
+
+def default_of(dataclass_type: type, name: str) -> object:
+    return next(field.default for field in dataclasses.fields(dataclass_type) if field.name == name)
+
+
+@pytest.mark.parametrize("dataclass_type", DOCUMENTED)
+def test_documented_defaults_are_the_real_ones(dataclass_type):
+    documented = documented_defaults(dataclass_type)
+    assert len(documented) >= 8
+    for name, value in documented.items():
+        real = default_of(dataclass_type, name)
+        expected = True if value == "on" else value if isinstance(real, str) else float(value)
+        assert real == expected, name
+
+
+@pytest.mark.parametrize("dataclass_type", DOCUMENTED)
+def test_every_default_that_differs_is_documented(dataclass_type):
+    theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    ours = {field.name: field.default for field in dataclasses.fields(dataclass_type)}
+    of_all = set(inspect.get_annotations(SigphiTrainingArguments))
+    differing = {name for name in theirs if ours[name] != theirs[name]} - of_all - {"output_dir"}
+    assert differing == set(documented_defaults(dataclass_type))
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_quantised_base_without_bitsandbytes_names_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(arguments_module, "is_bitsandbytes_available", lambda: False)
+    for bits in (4, 8):
+        with pytest.raises(UserError, match=rf"--bits {bits} needs .*pip install 'sigphi\[qlora\]'"):
+            VlmModelArguments(siglip_checkpoint="encoder", bits=bits)
+    assert VlmModelArguments(siglip_checkpoint="encoder", bits=16).bits == 16
+
+
+def test_full_tuning_needs_16_bits():
+    with pytest.raises(UserError, match="--tuning full .*4-bit .*--bits 16"):
+        VlmModelArguments(siglip_checkpoint="encoder", tuning="full")
+    assert VlmModelArguments(siglip_checkpoint="encoder", tuning="full", bits=16).tuning == "full"
+
+
+@pytest.mark.parametrize(
+    ("dataclass_type", "values", "message"),
+    [
+        (VlmModelArguments, {}, "--siglip-checkpoint is needed"),
+        (VlmModelArguments, {"siglip_checkpoint": "e", "bits": 2}, "--bits must be one of 4, 8, 16, got 2"),
+        (VlmModelArguments, {"siglip_checkpoint": "e", "tuning": "half"}, "--tuning must be .*'half'"),
+        (VlmModelArguments, {"siglip_checkpoint": "e", "attn_implementation": "x"}, "--attn-implementation .*'x'"),
+        (VlmModelArguments, {"siglip_checkpoint": "e", "cache_image_features": "x"}, "--cache-image-features .*'x'"),
+        (DataArguments, {}, "--input-csv is needed"),
+        (DataArguments, {"input_csv": "a", "eval_fraction": 1.0}, "--eval-fraction must .*1.0"),
+        (DataArguments, {"input_csv": "a", "image_split": "val"}, "--image-split must .*train, test, got 'val'"),
+        (DataArguments, {"input_csv": "a", "on_faulty_answers": "x"}, "--on-faulty-answers must .*'x'"),
+        (SiglipModelArguments, {"stem": "x"}, "--stem must .*'x'"),
+        (SiglipModelArguments, {"layer_type": "x"}, "--layer-type must .*'x'"),
+        (SiglipModelArguments, {"text_pooling": "x"}, "--text-pooling must .*'x'"),
+        (SiglipModelArguments, {"depths": [1]}, r"--hidden-sizes and --depths .*\[1\]"),
+        (
+            SiglipModelArguments,
+            {"cache_text_features": "on", "train_text_tower": True},
+            "--cache-text-features on needs a frozen",
+        ),
+    ],
+)
+def test_refused_values(dataclass_type, values, message):
+    with pytest.raises(UserError, match=message):
+        dataclass_type(**values)
+
+
+@pytest.mark.parametrize(
+    ("installed", "cuda", "requested", "expected"),
+    [
+        (True, True, "auto", "flash_attention_2"),
+        (True, False, "auto", "sdpa"),
+        (False, True, "auto", "sdpa"),
+        (False, False, "auto", "sdpa"),
+        (True, True, "sdpa", "sdpa"),
+        (True, True, "eager", "eager"),
+        (True, True, "flash_attention_2", "flash_attention_2"),
+        (True, False, "flash_attention_2", None),
+        (False, True, "flash_attention_2", None),
+    ],
+)
+def test_attention_implementation(monkeypatch, caplog, installed, cuda, requested, expected):
+    monkeypatch.setattr(arguments_module, "is_flash_attn_2_available", lambda: installed)
+    monkeypatch.setattr(arguments_module.torch.cuda, "is_available", lambda: cuda)
+    if expected is None:
+        with pytest.raises(UserError, match="flash_attention_2 needs a CUDA device .*pip install flash-attn"):
+            choose_attn_implementation(requested)
+        return
+    with caplog.at_level(logging.INFO, logger=arguments_module.__name__):
+        assert choose_attn_implementation(requested) == expected
+    assert f"attention implementation: {expected} (requested {requested})" in caplog.text
+
+
+# Launching -----------------------------------------------------------------------------------------------------------
+
+
+class Launch:
+    """What `check_launch` reads of the training arguments."""
+
+    def __init__(self, world_size: int = 1, n_gpu: int = 0) -> None:
+        self.world_size, self.n_gpu = world_size, n_gpu
+
+
+def test_one_process_and_matching_processes_may_start(monkeypatch):
+    check_launch(Launch())
+    check_launch(Launch(n_gpu=1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_launch(Launch(world_size=2))
+
+
+def test_processes_that_would_train_alone_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="WORLD_SIZE is 4, but 1 process trains.*--nproc_per_node 4.*--use_cpu"):
+        check_launch(Launch())
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(UserError, match="2 GPUs are visible to one process.*--num_processes 2"):
+        check_launch(Launch(n_gpu=2))
+
+
+# Parsing -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("installed", "expected"), [(True, ["tensorboard"]), (False, [])])
+def test_the_default_tracker_is_tensorboard_where_installed(monkeypatch, caplog, tmp_path, installed, expected):
+    monkeypatch.setattr(arguments_module, "is_tensorboard_available", lambda: installed)
+    assert SiglipTrainingArguments(output_dir=str(tmp_path)).report_to == expected
+    assert ("TensorBoard is not installed" in caplog.text) == (not installed)
+    assert SiglipTrainingArguments(output_dir=str(tmp_path), report_to="none").report_to == []
+
+
+@pytest.mark.parametrize("style", ["-", "_"])
+@pytest.mark.parametrize("types", [SIGLIP, VLM])
+def test_the_names_of_the_earlier_scripts_parse(types, style, tmp_path):
+    flags = {
+        "--input-csv": "qa.csv",
+        "--batch-size": "12",
+        "--num-epochs": "3",
+        "--learning-rate": "5e-5",
+        "--siglip-checkpoint": "encoder",
+        "--output-dir": str(tmp_path),
+    }
+    argv = [word for flag, value in flags.items() for word in ("--" + flag[2:].replace("-", style), value)]
+    model, data, training = parse_arguments(types, argv, "sigphi train")
+    assert data.input_csv == "qa.csv"
+    assert training.per_device_train_batch_size == 12
+    assert training.num_train_epochs == 3
+    assert training.learning_rate == 5e-5
+    assert model.siglip_checkpoint == "encoder"
+
+
+def test_gradient_checkpointing_is_not_reentrant(tmp_path):
+    options = VlmTrainingArguments(output_dir=str(tmp_path))
+    assert options.gradient_checkpointing and options.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    given = VlmTrainingArguments(output_dir=str(tmp_path), gradient_checkpointing_kwargs={"use_reentrant": True})
+    assert given.gradient_checkpointing_kwargs == {"use_reentrant": True}
+
+
+RECIPE_TYPES = {"base": BASE, "siglip": SIGLIP, "vlm": VLM}
+
+
+@pytest.mark.parametrize("recipe", sorted(quickstart.RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_parses(recipe: Path, tmp_path):
+    types = RECIPE_TYPES[next(name for name in RECIPE_TYPES if name in recipe.stem.split("_"))]
+    argv = ["--config", str(recipe), "--input-csv", "qa.csv", "--output-dir", str(tmp_path)]
+    if types is VLM:
+        argv += ["--siglip-checkpoint", "encoder"]
+    parsed = parse_arguments(types, argv, "sigphi train")
+    text = recipe.read_text(encoding="utf-8")
+    batch_size = re.search(r"^batch_size: (\d+)", text, re.MULTILINE)
+    assert batch_size is None or parsed[2].per_device_train_batch_size == int(batch_size[1])
+    learning_rate = re.search(r"^learning_rate: (\S+)", text, re.MULTILINE)
+    assert learning_rate is None or parsed[2].learning_rate == float(learning_rate[1])
+
+
+def test_there_are_recipes_for_every_stage():
+    stems = [path.stem for path in quickstart.RECIPES.glob("*.yaml")]
+    assert {f"quickstart_{name}" for name in RECIPE_TYPES} <= set(stems)

@@ -1,0 +1,170 @@
+"""The VLM put together for training: what is quantised, what LoRA adapts, what is trained."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TEXT_CONFIG, token_ids
+from torch import nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from sigphi import SigPhiForConditionalGeneration
+from sigphi.train.arguments import VlmModelArguments
+from sigphi.train.prompts import prepare_tokenizer
+from sigphi.train.qlora import build_vlm, keep_4bit_weights_trainable_on_cpu, linear_names, load_language_model
+
+PHI_LINEAR = ["dense", "fc1", "fc2", "k_proj", "q_proj", "v_proj"]
+LLAMA_LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+@pytest.fixture(scope="session")
+def llama_folder(shared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    fields = TEXT_CONFIG | {"num_key_value_heads": 2} | token_ids(shared["tokenizer"])
+    LlamaForCausalLM(LlamaConfig(**fields)).save_pretrained(folder)
+    shared["tokenizer"].save_pretrained(folder)
+    return folder
+
+
+def build(encoder: Any, folder: Path, **options: Any) -> SigPhiForConditionalGeneration:
+    arguments = VlmModelArguments(
+        siglip_checkpoint="encoder", language_model=str(folder), **{"lora_dropout": 0.0, **options}
+    )
+    language_model = load_language_model(arguments, torch.float32, "sdpa", torch.device("cpu"))
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
+    return build_vlm(encoder.vision_model, language_model, tokenizer, arguments)
+
+
+@pytest.fixture
+def qlora_vlm(tiny_encoder, base_folder) -> SigPhiForConditionalGeneration:
+    return build(tiny_encoder, base_folder)
+
+
+def batch_for(model: SigPhiForConditionalGeneration) -> dict[str, torch.Tensor]:
+    image = model.config.image_token_id
+    input_ids = torch.tensor([[image, 5, 6, 7, 8, 0], [image, 9, 10, 11, 12, 0]])
+    labels = input_ids.clone()
+    labels[:, :3] = -100
+    return {"input_ids": input_ids, "labels": labels, "pixel_values": torch.randn(2, 3, 32, 32)}
+
+
+def adapted_layers(model: SigPhiForConditionalGeneration) -> list[str]:
+    return [name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")]
+
+
+def test_every_linear_layer_of_the_language_model_is_nf4_and_nothing_else(qlora_vlm):
+    quantised = {name: m for name, m in qlora_vlm.named_modules() if type(m).__name__ == "Linear4bit"}
+    assert len(quantised) == 2 * len(PHI_LINEAR)
+    for name, module in quantised.items():
+        assert name.startswith("model.language_model.") and name.endswith(".base_layer")
+        assert module.weight.quant_type == "nf4" and module.weight.dtype == torch.uint8
+        assert module.weight.compress_statistics, "double quantisation"
+        assert module.compute_dtype == torch.float32
+    plain = [name for name, m in qlora_vlm.named_modules() if type(m) is nn.Linear and "lora_" not in name]
+    assert plain and not any(name.startswith("model.language_model.") for name in plain)
+    assert {"lm_head", "model.vision_tower.projection"} <= set(plain)
+    for module in (qlora_vlm.lm_head, qlora_vlm.model.vision_tower, qlora_vlm.model.multi_modal_projector):
+        assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
+
+
+def test_a_base_of_16_bits_is_not_quantised(tiny_encoder, base_folder):
+    model = build(tiny_encoder, base_folder, bits=16)
+    assert not any(type(module).__name__ == "Linear4bit" for module in model.modules())
+    assert model.config.base_bits == 16
+
+
+def test_lora_adapts_every_linear_layer_of_the_language_model(qlora_vlm):
+    layers = adapted_layers(qlora_vlm)
+    assert sorted({name.rpartition(".")[2] for name in layers}) == PHI_LINEAR
+    assert len(layers) == 2 * len(PHI_LINEAR)
+    for name in layers:
+        layer = qlora_vlm.get_submodule(name)
+        assert layer.r["default"] == 8
+        assert layer.scaling["default"] == pytest.approx(16 / 8**0.5)
+        assert not layer.lora_B["default"].weight.any() and layer.lora_A["default"].weight.any()
+
+
+def test_only_lora_and_projector_are_trained_in_float32(qlora_vlm):
+    trained = {name: p for name, p in qlora_vlm.named_parameters() if p.requires_grad}
+    expected = {n for n, _ in qlora_vlm.named_parameters() if "lora_" in n or ".multi_modal_projector." in n}
+    assert set(trained) == expected
+    assert all(parameter.dtype == torch.float32 for parameter in trained.values())
+
+
+def test_the_config_names_the_base(qlora_vlm, base_folder):
+    config = qlora_vlm.config
+    assert (config.base_language_model, config.base_bits) == (str(base_folder), 4)
+    assert config.lora["target_modules"] == PHI_LINEAR
+    assert getattr(config.text_config, "quantization_config", None) is None
+
+
+def test_full_tuning_trains_all_but_the_image_tower(tiny_encoder, base_folder):
+    model = build(tiny_encoder, base_folder, bits=16, tuning="full")
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if ".vision_tower." in name}
+    assert not adapted_layers(model) and model.config.base_language_model is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_the_projector_and_every_lora_layer(qlora_vlm, checkpointing):
+    if checkpointing:
+        qlora_vlm.gradient_checkpointing_enable({"use_reentrant": False})
+        assert qlora_vlm.model.language_model.layers[0].gradient_checkpointing
+    qlora_vlm.train()
+    qlora_vlm(**batch_for(qlora_vlm)).loss.backward()
+    for name, parameter in qlora_vlm.named_parameters():
+        if "lora_B" in name or ".multi_modal_projector." in name:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        elif "lora_" not in name:
+            assert parameter.grad is None, name
+
+
+def test_gradient_checkpointing_does_not_change_the_gradients(qlora_vlm):
+    batch, found = batch_for(qlora_vlm), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            qlora_vlm.gradient_checkpointing_enable({"use_reentrant": False})
+        qlora_vlm.train().zero_grad()
+        qlora_vlm(**batch).loss.backward()
+        found.append({name: p.grad.clone() for name, p in qlora_vlm.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_llama_base_gets_its_own_layers(tiny_encoder, llama_folder):
+    model = build(tiny_encoder, llama_folder)
+    assert model.config.lora["target_modules"] == LLAMA_LINEAR
+    assert len(adapted_layers(model)) == 2 * len(LLAMA_LINEAR)
+    assert model.config.lm_head_bias is False
+    model.train()
+    model(**batch_for(model)).loss.backward()
+    assert all(p.grad.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_linear_names_are_those_inside_the_language_model(tiny_language_model):
+    assert linear_names(tiny_language_model.model) == PHI_LINEAR
+
+
+def test_training_goes_on_after_an_evaluation_in_4_bit(qlora_vlm):
+    batch = batch_for(qlora_vlm)
+    losses = []
+    for _ in range(2):
+        qlora_vlm.train()
+        qlora_vlm(**batch).loss.backward()
+        qlora_vlm.eval()
+        with torch.no_grad():
+            losses.append(qlora_vlm(**batch).loss.item())
+            prompt = {"input_ids": batch["input_ids"][:, :3], "pixel_values": batch["pixel_values"]}
+            qlora_vlm.generate(**prompt, max_new_tokens=2, do_sample=False)
+    assert losses[0] == losses[1]
+
+
+def test_4_bit_layers_keep_their_weights_unpacked(qlora_vlm, tiny_language_model):
+    layers = [module for module in qlora_vlm.modules() if type(module).__name__ == "Linear4bit"]
+    assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+    keep_4bit_weights_trainable_on_cpu(qlora_vlm)
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    keep_4bit_weights_trainable_on_cpu(tiny_language_model)

@@ -1,0 +1,194 @@
+"""What a user does wrong ends with code 2 and one or two lines, before any model loads."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TOY_IMAGES
+from PIL import Image
+from transformers import PreTrainedModel
+
+from sigphi import cli
+from sigphi.modeling.modeling_sigphi import SigPhiPreTrainedModel
+from sigphi.train.checkpoints import read_config
+from sigphi.train.errors import UserError
+
+HEADER = ["Dataset_Index", "Split", *(f"{letter}{pair}" for pair in range(1, 6) for letter in "QA")]
+ROW = ["0", "train", "What is it?", "A cat.", *[""] * 8]
+
+
+@pytest.fixture(scope="module")
+def folders(shared: Any, make_vlm: Any, base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The names that the tables below use: files, and folders of every kind of model."""
+    from sigphi import SiglipResNetProcessor, SigPhiProcessor
+
+    place = tmp_path_factory.mktemp("user_errors")
+    shared["encoder"].save_pretrained(place / "encoder")
+    SiglipResNetProcessor(shared["image_processor"], shared["tokenizer"]).save_pretrained(place / "encoder")
+    make_vlm().save_pretrained(place / "vlm")
+    SigPhiProcessor(shared["image_processor"], shared["tokenizer"]).save_pretrained(place / "vlm")
+    shutil.copytree(place / "vlm", place / "mismatch")
+    edit(place / "mismatch" / "processor_config.json", num_image_tokens=4)
+    shutil.copytree(place / "encoder", place / "broken")
+    edit(place / "broken" / "config.json", text_pooling="max")
+    Image.new("RGB", (4, 4)).save(place / "cat.png")
+    for name, header, rows in csv_files():
+        with (place / name).open("w", newline="") as file:
+            csv.writer(file).writerows([header, *rows] if header else [])
+    names = ("encoder", "vlm", "mismatch", "broken", "cat.png", "none", *(name for name, _, _ in csv_files()))
+    return {name: str(place / name) for name in names} | {"base": str(base_folder), "out": str(place / "out")}
+
+
+def edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def csv_files() -> list[tuple[str, list[str], list[list[str]]]]:
+    return [
+        ("good.csv", HEADER, [ROW]),
+        ("column.csv", [name for name in HEADER if name != "A3"], [ROW[:-1]]),
+        ("index.csv", HEADER, [ROW, ["60000", *ROW[1:]]]),
+        ("text.csv", HEADER, [ROW, ["seven", *ROW[1:]]]),
+        ("split.csv", [name for name in HEADER if name != "Split"], [[ROW[0], *ROW[2:]]]),
+        ("error.csv", HEADER, [ROW, ["1", "train", "What is it?", "ERROR: timeout", *[""] * 8]]),
+        ("empty.csv", [], []),
+        ("header.csv", HEADER, []),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def no_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(cls: type, name: Any, *args: Any, **kwargs: Any) -> None:
+        pytest.fail(f"{cls.__name__} {name} was loaded before the mistake was found")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(refuse))
+    monkeypatch.setattr(SigPhiPreTrainedModel, "from_pretrained", classmethod(refuse))
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+TRAIN_ENCODER = "train-siglip --text-model {base} --output-dir {out} --report-to none"
+TRAIN_VLM = "train-vlm --siglip-checkpoint {encoder} --language-model {base} --output-dir {out} --report-to none"
+DATA = f"--images {TOY_IMAGES} --eval-fraction 0"
+
+# What is typed, and what the message has to hold: the value, the place and the remedy.
+MISTAKES = {
+    "unknown flag": (f"{TRAIN_ENCODER} --input-csv {{good.csv}} --bath-size 3", ["--bath-size", "--batch-size"]),
+    "unknown flag of ask": ("ask {vlm} {cat.png} --questoin a", ["--questoin", "--question"]),
+    "no csv": (TRAIN_ENCODER, ["--input-csv is needed"]),
+    "no checkpoint": ("train-vlm --input-csv {good.csv} --output-dir {out}", ["--siglip-checkpoint is needed"]),
+    "no model": ("evaluate --input-csv {good.csv}", ["model"]),
+    "no such picture": ("ask {vlm} {none} -q a", ["{none}", "no such file", "test:12"]),
+    "no picture": ("describe {vlm} {good.csv}", ["{good.csv}", "no picture"]),
+    "no such row": (f"ask {{vlm}} train:200 -q a --images {TOY_IMAGES}", ["train:200", "0 to 199"]),
+    "encoder to ask": ("ask {encoder} {cat.png} -q a", ["MODEL {encoder}", "'siglip_resnet'", "sigphi train-vlm"]),
+    "encoder to describe": ("describe {encoder} {cat.png}", ["MODEL {encoder}", "sigphi train-vlm"]),
+    "plain language model to ask": ("ask {base} {cat.png} -q a", ["MODEL {base}", "'phi'", "sigphi train-vlm"]),
+    "plain language model to evaluate": (
+        f"evaluate {{base}} --input-csv {{good.csv}} {DATA.split(' --eval')[0]}",
+        ["MODEL {base}", "'phi'", "sigphi train-siglip", "sigphi train-vlm"],
+    ),
+    "no such model": ("ask {none} {cat.png} -q a", ["MODEL {none}", "config.json"]),
+    "broken model": ("ask {broken} {cat.png} -q a", ["MODEL {broken}", "text_pooling", "'max'", "Give a model"]),
+    "other token count": (
+        "ask {mismatch} {cat.png} -q a",
+        ["{mismatch}", "4 image tokens", "expects 1", "num_image_tokens in processor_config.json"],
+    ),
+    "other token count to evaluate": (
+        f"evaluate {{mismatch}} --input-csv {{good.csv}} --images {TOY_IMAGES}",
+        ["{mismatch}", "4 image tokens", "expects 1", "num_image_tokens in processor_config.json"],
+    ),
+}
+for command in (TRAIN_ENCODER, TRAIN_VLM):
+    stage = command.split()[0]
+    MISTAKES |= {
+        f"missing column, {stage}": (f"{command} {DATA} --input-csv {{column.csv}}", ["{column.csv}", "no column A3"]),
+        f"index too large, {stage}": (
+            f"{command} {DATA} --input-csv {{index.csv}}",
+            ["{index.csv}, line 3, column Dataset_Index", "'60000'", "0 to 199"],
+        ),
+        f"index of letters, {stage}": (
+            f"{command} {DATA} --input-csv {{text.csv}}",
+            ["{text.csv}, line 3, column Dataset_Index", "'seven'", "0 to 199"],
+        ),
+        f"empty file, {stage}": (f"{command} {DATA} --input-csv {{empty.csv}}", ["{empty.csv} is empty"]),
+        f"header alone, {stage}": (f"{command} {DATA} --input-csv {{header.csv}}", ["{header.csv}", "one row"]),
+        f"no such file, {stage}": (f"{command} {DATA} --input-csv {{none}}", ["{none}", "--input-csv"]),
+        f"no split, {stage}": (
+            f"{command} {DATA} --input-csv {{split.csv}}",
+            ["{split.csv}", "--image-split train", "--image-split test"],
+        ),
+        f"faulty answer, {stage}": (
+            f"{command} {DATA} --input-csv {{error.csv}}",
+            ["line 3 column A1", "--on-faulty-answers skip"],
+        ),
+        f"no such images, {stage}": (
+            f"{command} --images {{none}} --input-csv {{good.csv}}",
+            ["{none}", "synthetic"],
+        ),
+    }
+for option, kind in (("vlm", "'sigphi'"), ("base", "'phi'")):
+    MISTAKES |= {
+        f"{option} as encoder, {start.split()[0]}": (
+            f"{start} --siglip-checkpoint {{{option}}} --input-csv {{good.csv}} {DATA}",
+            [f"--siglip-checkpoint {{{option}}}", kind, "sigphi train-siglip"],
+        )
+        for start in (TRAIN_ENCODER, TRAIN_VLM.replace("--siglip-checkpoint {encoder} ", ""))
+    }
+MISTAKES |= {
+    "no such base": (
+        TRAIN_VLM.replace("{base}", "{none}") + " --input-csv {good.csv}",
+        ["--language-model {none}", "config.json"],
+    ),
+    "encoder as base": (
+        TRAIN_VLM.replace("{base}", "{encoder}") + " --input-csv {good.csv}",
+        ["--language-model {encoder}", "'siglip_resnet'", "no causal LM"],
+    ),
+    "no such text tower": (
+        TRAIN_ENCODER.replace("{base}", "{none}") + f" --input-csv {{good.csv}} {DATA}",
+        ["--text-model {none}", "config.json"],
+    ),
+    "tokens that are no square": (
+        f"{TRAIN_VLM} --input-csv {{good.csv}} --num-image-tokens 5",
+        ["--num-image-tokens", "1 or a square", "got 5"],
+    ),
+    "too many tokens": (
+        f"{TRAIN_VLM} --input-csv {{good.csv}} --num-image-tokens 10000",
+        ["--num-image-tokens", "square up to", "got 10000"],
+    ),
+}
+
+
+def filled(text: str, folders: dict[str, str]) -> str:
+    return re.sub(r"\{([\w.]+)\}", lambda found: folders[found[1]], text)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_with_code_2_and_what_to_do(mistake, folders, capsys):
+    words, parts = MISTAKES[mistake]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([filled(word, folders) for word in words.split()])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    # Other lines are progress of reading the images.
+    start = error.index(f"sigphi {words.split()[0]}: error: ")
+    message = error[start:]
+    assert 1 <= message.count("\n") <= 2 and message.endswith("\n")
+    assert "Traceback" not in error
+    for part in parts:
+        assert filled(part, folders) in message
+    assert not Path(folders["out"]).exists()
+
+
+def test_a_config_that_its_class_refuses_is_a_user_error(folders):
+    with pytest.raises(UserError, match=r"MODEL .*broken: cannot be read .*text_pooling"):
+        read_config(folders["broken"], "MODEL")
+
+
+def test_an_unreachable_hub_id_is_a_user_error():
+    with pytest.raises(UserError, match="--language-model nobody/nothing: cannot be read .*reachable Hub id"):
+        read_config("nobody/nothing", "--language-model")
