@@ -2,6 +2,8 @@
 
 import copy
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
