@@ -65,7 +65,8 @@ def evaluate(folder: Path, images: str, name: str) -> dict[str, float]:
     if not target.exists():
         results = folder / name / "eval_results.json"
         held_out = results.read_text(encoding="utf-8")
-        run("sigphi", "evaluate", str(folder / name), "--input-csv", str(folder / "test.csv"), "--images", images)
+        options = ("--input-csv", str(folder / "test.csv"), "--images", images, "--batch-size", "512")
+        run("sigphi", "evaluate", str(folder / name), *options)
         target.write_text(results.read_text(encoding="utf-8"), encoding="utf-8")
         (folder / name / "held_out_results.json").write_text(held_out, encoding="utf-8")
     return json.loads(target.read_text(encoding="utf-8"))

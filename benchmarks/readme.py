@@ -1,6 +1,6 @@
 """Render the README's table of results from benchmarks/results/*.json.
 
-    python benchmarks/readme.py
+python benchmarks/readme.py
 """
 
 import json
@@ -45,10 +45,10 @@ def table() -> str:
         lines += vlm_rows("CIFAR-10 test, VLM (full training)", test["vlm_full"])
     images = quick["results"]["vlm"]["metadata"]["images"]
     return (
-        f"{lines}\nFrom random weights on {cifar['cores']} CPU cores. Quickstart: {images} drawn pictures that no training "
-        f"saw. CIFAR-10: the {test['vlm']['metadata']['images']:,} test images of a JPEG copy; the language model is a tiny "
-        f"Phi made for this run. Beside `answer_accuracy` stands the accuracy with another image. Scripts and raw figures: "
-        f"[benchmarks/](benchmarks/).\n"
+        f"{lines}\nFrom random weights on {cifar['cores']} CPU cores. Quickstart: {images} drawn pictures that no "
+        f"training saw. CIFAR-10: the {test['vlm']['metadata']['images']:,} test images of a JPEG copy; the language "
+        f"model is a tiny Phi made for this run. Beside `answer_accuracy` stands the accuracy with another image. "
+        f"Scripts and raw figures: [benchmarks/](benchmarks/).\n"
     )
 
 

@@ -31,7 +31,14 @@ from sigphi.train.collators import VlmCollator, preprocess, text_key
 from sigphi.train.data import distinct_images, held_out, load_cifar10_qa
 from sigphi.train.errors import UserError, run_command
 from sigphi.train.images import decode_images
-from sigphi.train.metrics import label_derangement, majority_share, recall_at_k, token_f1, top1_accuracy
+from sigphi.train.metrics import (
+    has_label_derangement,
+    label_derangement,
+    majority_share,
+    recall_at_k,
+    token_f1,
+    top1_accuracy,
+)
 from sigphi.train.parser import parse_arguments
 from sigphi.train.prompts import tokenize_questions, tokenized_rows
 from sigphi.train.questions import CLASS_NAMES, asks_for_object, is_correct
@@ -296,12 +303,11 @@ def evaluate_vlm(
     pixels = decode_images(images, range(len(images)))
     gray = torch.full_like(pixels[:1], 128)
     features = encode_images(model, processor, torch.cat([pixels, gray]))  # (images + 1, tokens, size)
-    permutation = label_derangement(images["label"], seed)
-    indices = {
-        "": positions,
-        "_shuffled_image": permutation[positions].tolist(),
-        "_blank_image": [len(images)] * len(positions),
-    }
+    indices = {"": positions, "_blank_image": [len(images)] * len(positions)}
+    if has_label_derangement(images["label"]):
+        indices["_shuffled_image"] = label_derangement(images["label"], seed)[positions].tolist()
+    else:
+        logger.warning("one class has more than half of the images, so there is no shuffled figure and no image_gain")
     rows = _judged_rows(dataset)
     results = {"eval_loss": supervised_loss(model, processor, features, positions, dataset, batch_size)}
     for suffix, image_indices in indices.items():
@@ -347,15 +353,17 @@ def _summarise(results: dict[str, float], rows: list[_Row]) -> dict[str, float]:
     kept = {name: value for name, value in results.items() if not (name.startswith("accuracy/") and "_image" in name)}
     for kind in kinds:
         kept[f"majority/{kind}"] = majority_share([row.short_answer for row in rows if row.question_type == kind])
-        kept[f"image_gain/{kind}"] = results[f"accuracy/{kind}"] - results[f"accuracy/{kind}_shuffled_image"]
+    classes = [row.class_name for row in rows if row.asks_object]
     if kinds:
         kept["answer_count"] = sum(bool(row.short_answer) for row in rows)
-        kept["image_gain"] = results["answer_accuracy"] - results["answer_accuracy_shuffled_image"]
-    classes = [row.class_name for row in rows if row.asks_object]
     if classes:
         kept["class_count"] = len(classes)
         kept["majority/class"] = majority_share(classes)
-        kept["class_image_gain"] = results["class_accuracy"] - results["class_accuracy_shuffled_image"]
+    gains = {f"accuracy/{kind}": f"image_gain/{kind}" for kind in kinds}
+    gains |= {"answer_accuracy": "image_gain", "class_accuracy": "class_image_gain"}
+    for name, gain in gains.items():
+        if f"{name}_shuffled_image" in results:
+            kept[gain] = results[name] - results[f"{name}_shuffled_image"]
     return kept
 
 
@@ -418,18 +426,13 @@ def only_unseen(dataset: datasets.Dataset, model: str) -> datasets.Dataset:
         logger.warning("%s does not record what it was trained on; scores may cover images that it has seen.", model)
         return dataset
     facts = json.loads(record.read_text(encoding="utf-8"))
-    seen_splits = set(facts["images_per_split"])
-    fraction, seed = facts["eval_fraction"], facts["split_seed"]
+    # A VLM has seen its own training images, and its image tower those of the encoder.
+    sources = [facts, facts["encoder"]] if facts.get("encoder") else [facts]
     keys = zip(dataset["split"], dataset["dataset_index"], strict=True)
-    keep = [
-        row
-        for row, (split, index) in enumerate(keys)
-        if split not in seen_splits or held_out(index, split, fraction, seed)
-    ]
+    keep = [row for row, (split, index) in enumerate(keys) if not any(_saw(one, split, index) for one in sources)]
     if not keep:
         raise UserError(
-            f"{model} was trained on all images of this CSV (splits {sorted(seen_splits)}, --eval-fraction "
-            f"{fraction}); evaluate it on a CSV of other images."
+            f"{model} or its encoder was trained on all images of this CSV; evaluate it on a CSV of other images."
         )
     if len(keep) < len(dataset):
         logger.warning(
@@ -439,6 +442,13 @@ def only_unseen(dataset: datasets.Dataset, model: str) -> datasets.Dataset:
             model,
         )
     return dataset.select(keep)
+
+
+def _saw(facts: dict[str, Any], split: str, index: int) -> bool:
+    """Whether a training that is recorded as `facts` had this image."""
+    if split not in facts["images_per_split"]:
+        return False
+    return not held_out(index, split, facts["eval_fraction"], facts["split_seed"])
 
 
 @dataclass

@@ -60,6 +60,11 @@ def words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9']+", text.lower())
 
 
+def has_label_derangement(labels: Sequence[int]) -> bool:
+    """Whether a permutation exists in which no element keeps its label: no label has more than half of them."""
+    return 2 * int(np.bincount(np.asarray(labels)).max()) <= len(labels)
+
+
 def label_derangement(labels: Sequence[int], seed: int) -> np.ndarray:
     """
     A random permutation in which no element keeps its label.
@@ -77,8 +82,8 @@ def label_derangement(labels: Sequence[int], seed: int) -> np.ndarray:
         ValueError: if one label has more than half of the elements, so that there is no such permutation.
     """
     array = np.asarray(labels)
-    largest = int(np.bincount(array).max()) if len(array) else 0
-    if 2 * largest > len(array):
+    largest = int(np.bincount(array).max())
+    if not has_label_derangement(labels):
         raise ValueError(
             f"`labels` has {largest} of {len(array)} elements in one class; no permutation can change every label."
         )
@@ -89,4 +94,12 @@ def label_derangement(labels: Sequence[int], seed: int) -> np.ndarray:
     return permutation
 
 
-__all__ = ["label_derangement", "majority_share", "recall_at_k", "token_f1", "top1_accuracy", "words"]
+__all__ = [
+    "has_label_derangement",
+    "label_derangement",
+    "majority_share",
+    "recall_at_k",
+    "token_f1",
+    "top1_accuracy",
+    "words",
+]

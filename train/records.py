@@ -27,7 +27,9 @@ def durable_name(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
-def write_training_data(folder: Path, train: datasets.Dataset, arguments: DataArguments) -> None:
+def write_training_data(
+    folder: Path, train: datasets.Dataset, arguments: DataArguments, encoder: Path | None = None
+) -> None:
     """
     Record what a model was trained on, so that an evaluation can leave it out.
 
@@ -35,12 +37,15 @@ def write_training_data(folder: Path, train: datasets.Dataset, arguments: DataAr
         folder (`Path`): the model's.
         train (`datasets.Dataset`): the training split.
         arguments (`DataArguments`): its source and how it was split.
+        encoder (`Path`, *optional*): folder of the encoder that the model was built on; what that has seen counts too.
     """
     facts = data_facts(train) | {
         "images": arguments.images,
         "eval_fraction": arguments.eval_fraction,
         "split_seed": arguments.split_seed,
     }
+    if encoder is not None and (encoder / TRAINING_DATA).exists():
+        facts["encoder"] = json.loads((encoder / TRAINING_DATA).read_text(encoding="utf-8"))
     write_json(folder / TRAINING_DATA, facts | {"environment": environment()})
 
 

@@ -57,7 +57,9 @@ class _ArtifactTrainer(Trainer):
             if parameter.requires_grad:
                 decay = self.args.weight_decay if name in decayed else 0.0
                 groups.setdefault((self.learning_rate_of(name), decay), []).append(parameter)
-        return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+        # The Trainer logs the learning rate of the first group: that of the most parameters.
+        ordered = sorted(groups.items(), key=lambda group: -sum(parameter.numel() for parameter in group[1]))
+        return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in ordered]
 
     def evaluate(
         self,

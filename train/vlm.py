@@ -24,7 +24,7 @@ from sigphi.train.checkpoints import read_config
 from sigphi.train.collators import VlmCollator
 from sigphi.train.data import distinct_images, load_cifar10_qa
 from sigphi.train.errors import UserError, run_command
-from sigphi.train.evaluation import encode_images, evaluate_folder, results_table
+from sigphi.train.evaluation import encode_images, evaluate_folder, only_unseen, results_table
 from sigphi.train.images import decode_images
 from sigphi.train.parser import parse_arguments
 from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
@@ -148,11 +148,11 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(arguments.output_dir)
-        write_training_data(folder, data["train"], data_arguments)
+        write_training_data(folder, data["train"], data_arguments, Path(model_arguments.siglip_checkpoint))
         write_loss_curve(trainer.state.log_history, folder)
         if "eval" in data:
             del model, trainer  # the artifact is loaded anew, beside nothing
-            sys.stdout.write(results_table(evaluate_folder(str(folder), data["eval"])))
+            sys.stdout.write(results_table(evaluate_folder(str(folder), only_unseen(data["eval"], str(folder)))))
 
 
 __all__ = ["build_model", "check_models", "main"]
