@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -485,27 +484,25 @@ def test_images_are_augmented_in_training_alone(tiny_encoder, tiny_encoder_proce
 # Several processes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def torchrun(tmp_path: Path) -> Iterator[list[str]]:
-    yield [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-
-
 @pytest.mark.slow
-def test_two_processes_train_the_vlm(torchrun, vlm_argv, tmp_path):
-    command = [*torchrun, "-m", "sigphi.train.vlm", *COMMON, *vlm_argv, "--output-dir", str(tmp_path / "vlm")]
-    environment = child_environment(tmp_path / "home") | {"MASTER_ADDR": "127.0.0.1"}
+def test_two_processes_train_the_vlm(vlm_argv, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "sigphi.train.vlm", *COMMON, *vlm_argv, "--output-dir", str(tmp_path / "vlm")]
+    environment = child_environment(tmp_path / "home")
     result = subprocess.run(
         [*command, "--use_cpu", "--max-steps", "2"],
         env={name: value for name, value in environment.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=150,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     results = json.loads((tmp_path / "vlm" / "eval_results.json").read_text())
     history = json.loads((tmp_path / "vlm" / "log_history.json").read_text())
-    held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    # Summed over both processes it is the figure that one process gets from the saved folder.
-    assert results["eval_loss"] == pytest.approx(held_out[-1], rel=1e-2)
+    held_out = [entry for entry in history if "eval_loss" in entry][-1]
+    # Each row counts once, in whichever process; at inference bitsandbytes may use other kernels than in training.
+    num_rows = held_out["eval_samples_per_second"] * held_out["eval_runtime"]
+    assert num_rows == pytest.approx(results["metadata"]["rows"], abs=1)
+    assert results["eval_loss"] == pytest.approx(held_out["eval_loss"], rel=1e-4)
     assert os.path.exists(tmp_path / "vlm" / "lora" / "adapter_model.safetensors")

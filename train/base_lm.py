@@ -24,7 +24,7 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 
 from sigphi.train.arguments import DataArguments, SigphiTrainingArguments
-from sigphi.train.data import load_cifar10_qa
+from sigphi.train.data import load_data
 from sigphi.train.errors import run_command
 from sigphi.train.parser import parse_arguments
 from sigphi.train.report import write_loss_curve
@@ -122,14 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         [BaseModelArguments, DataArguments, BaseTrainingArguments], argv, "python -m sigphi.train.base_lm"
     )
     set_seed(arguments.seed)
-    train = load_cifar10_qa(
-        data_arguments.input_csv,
-        data_arguments.images,
-        data_arguments.image_split,
-        data_arguments.eval_fraction,
-        data_arguments.split_seed,
-        data_arguments.on_faulty_answers,
-    )["train"]
+    train = load_data(data_arguments)["train"]
     texts = qa_texts(train["question"], train["answer"])
     tokenizer = train_tokenizer(texts, model_arguments.vocab_size)
     ids = tokenizer(texts)["input_ids"]

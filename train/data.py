@@ -23,6 +23,7 @@ import pandas as pd
 import pyarrow as pa
 from transformers.hf_argparser import HfArg
 
+from sigphi.train.arguments import DataArguments
 from sigphi.train.errors import UserError, run_command
 from sigphi.train.images import decode_images, load_images
 from sigphi.train.parser import parse_arguments
@@ -328,6 +329,18 @@ def load_cifar10_qa(
     return datasets.DatasetDict({name: _join(part, pictures) for name, part in parts.items()})
 
 
+def load_data(arguments: DataArguments) -> datasets.DatasetDict:
+    """[`load_cifar10_qa`] with the options of a command."""
+    return load_cifar10_qa(
+        arguments.input_csv,
+        arguments.images,
+        arguments.image_split,
+        arguments.eval_fraction,
+        arguments.split_seed,
+        arguments.on_faulty_answers,
+    )
+
+
 def _split_rows(rows: pd.DataFrame, eval_fraction: float, seed: int) -> dict[str, pd.DataFrame]:
     keys = list(zip(rows["split"], rows["dataset_index"], strict=True))
     is_held_out = {key: held_out(key[1], key[0], eval_fraction, seed) for key in set(keys)}
@@ -520,6 +533,7 @@ __all__ = [
     "distinct_images",
     "held_out",
     "load_cifar10_qa",
+    "load_data",
     "main",
     "read_qa_csv",
 ]

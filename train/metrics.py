@@ -62,7 +62,7 @@ def words(text: str) -> list[str]:
 
 def has_label_derangement(labels: Sequence[int]) -> bool:
     """Whether a permutation exists in which no element keeps its label: no label has more than half of them."""
-    return 2 * int(np.bincount(np.asarray(labels)).max()) <= len(labels)
+    return 2 * max(Counter(labels).values(), default=0) <= len(labels)
 
 
 def label_derangement(labels: Sequence[int], seed: int) -> np.ndarray:
@@ -82,7 +82,7 @@ def label_derangement(labels: Sequence[int], seed: int) -> np.ndarray:
         ValueError: if one label has more than half of the elements, so that there is no such permutation.
     """
     array = np.asarray(labels)
-    largest = int(np.bincount(array).max())
+    largest = max(Counter(labels).values(), default=0)
     if not has_label_derangement(labels):
         raise ValueError(
             f"`labels` has {largest} of {len(array)} elements in one class; no permutation can change every label."

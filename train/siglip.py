@@ -7,6 +7,7 @@ accelerate launch -m sigphi.train.siglip --input-csv qa.csv --output-dir outputs
 import logging
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
 from sigphi.train.arguments import DataArguments, SiglipModelArguments, SiglipTrainingArguments
 from sigphi.train.checkpoints import read_config
 from sigphi.train.collators import SiglipCollator, text_key
-from sigphi.train.data import distinct_images, load_cifar10_qa
+from sigphi.train.data import distinct_images, load_data
 from sigphi.train.errors import run_command
 from sigphi.train.evaluation import class_embeddings, embed_images, evaluate_folder, pool_texts, results_table
 from sigphi.train.images import decode_images
@@ -134,9 +135,9 @@ def image_rows(dataset: datasets.Dataset) -> tuple[datasets.Dataset, torch.Tenso
     return datasets.Dataset.from_dict(rows), decode_images(images, range(len(images)))
 
 
-def cache_text_features(collator: SiglipCollator, model: SiglipResNetModel, texts: list[str]) -> None:
+def cache_text_features(collator: SiglipCollator, model: SiglipResNetModel, texts: Sequence[str]) -> None:
     """Run the frozen text tower once for each distinct text, and let `collator` give the results."""
-    distinct = {text_key(text): text for text in reversed(texts)}
+    distinct = {text_key(text): text for text in reversed(list(texts))}
     logger.info("embedding %d distinct texts once", len(distinct))
     collator.text_rows = {key: row for row, key in enumerate(distinct)}
     collator.text_features = pool_texts(
@@ -169,37 +170,48 @@ def whiten_text_projection(model: SiglipResNetModel, features: torch.Tensor) -> 
     projection.bias.copy_(-weight @ mean)
 
 
+def encoder_inputs(
+    data: datasets.DatasetDict,
+    model: SiglipResNetModel,
+    processor: SiglipResNetProcessor,
+    arguments: SiglipModelArguments,
+) -> tuple[datasets.Dataset, datasets.Dataset | None, SiglipCollator]:
+    """Rows for training, rows for evaluation where images are held out, and the collator that has their images."""
+    everything = datasets.concatenate_datasets(list(data.values()))
+    rows, pixels = image_rows(everything)
+    collator = SiglipCollator(processor, pixels, arguments.max_text_length)
+    if arguments.cache_text_features != "off" and not arguments.train_text_tower:
+        cache_text_features(collator, model, everything["answer"])
+    num_train = len(distinct_images(data["train"])[0])
+    eval_rows = rows.select(range(num_train, len(rows))) if "eval" in data else None
+    return rows.select(range(num_train)), eval_rows, collator
+
+
+def zero_shot_metric(
+    rows: datasets.Dataset, collator: SiglipCollator, batch_size: int
+) -> Callable[[SiglipResNetModel], dict[str, float]]:
+    """What the Trainer adds to each evaluation: zero-shot accuracy on the images of `rows`."""
+    pixels, labels = collator.images[rows["image_index"]], torch.tensor(rows["label"])
+
+    def metric(model: SiglipResNetModel) -> dict[str, float]:
+        embeds = embed_images(model, collator.processor, pixels, batch_size)  # (images, dim)
+        return {"zero_shot_top1": top1_accuracy(embeds @ class_embeddings(model, collator.processor).t(), labels)}
+
+    return metric
+
+
 def main(argv: list[str] | None = None) -> None:
     """`sigphi train-siglip`: options, data, model, training, artifact, evaluation."""
     model_arguments, data_arguments, arguments = parse_arguments(
         [SiglipModelArguments, DataArguments, SiglipTrainingArguments], argv, "sigphi train-siglip"
     )
     set_seed(arguments.seed)
-    data = load_cifar10_qa(
-        data_arguments.input_csv,
-        data_arguments.images,
-        data_arguments.image_split,
-        data_arguments.eval_fraction,
-        data_arguments.split_seed,
-        data_arguments.on_faulty_answers,
-    )
-    train_rows, train_pixels = image_rows(data["train"])
-    eval_rows, eval_pixels = image_rows(data["eval"]) if "eval" in data else (None, train_pixels[:0])
+    data = load_data(data_arguments)
     model, processor = build_encoder(model_arguments)
     if arguments.channels_last:
         model.vision_model.to(memory_format=torch.channels_last)
-    # The evaluation rows name the same tensor's rows, behind those of training.
-    if eval_rows is not None:
-        eval_rows = eval_rows.map(lambda row: {"image_index": row["image_index"] + len(train_pixels)})
-    collator = SiglipCollator(processor, torch.cat([train_pixels, eval_pixels]), model_arguments.max_text_length)
-    if model_arguments.cache_text_features != "off" and not model_arguments.train_text_tower:
-        cache_text_features(collator, model, [answer for part in data.values() for answer in part["answer"]])
-    labels = torch.tensor([] if eval_rows is None else eval_rows["label"])
-
-    def zero_shot(trained: SiglipResNetModel) -> dict[str, float]:
-        embeds = embed_images(trained, processor, eval_pixels, arguments.per_device_eval_batch_size)
-        return {"zero_shot_top1": top1_accuracy(embeds @ class_embeddings(trained, processor).t(), labels)}
-
+    train_rows, eval_rows, collator = encoder_inputs(data, model, processor, model_arguments)
+    batch_size = arguments.per_device_eval_batch_size
     trainer = SiglipTrainer(
         model=model,
         args=arguments,
@@ -207,16 +219,15 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=eval_rows,
         data_collator=collator,
         processing_class=processor,
-        extra_evaluation=None if eval_rows is None else zero_shot,
+        extra_evaluation=None if eval_rows is None else zero_shot_metric(eval_rows, collator, batch_size),
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
-    if trainer.is_world_process_zero():
-        folder = Path(arguments.output_dir)
-        write_training_data(folder, data["train"], data_arguments)
-        write_loss_curve(trainer.state.log_history, folder)
-        if "eval" in data:
-            sys.stdout.write(results_table(evaluate_folder(str(folder), data["eval"])))
+    folder = Path(arguments.output_dir)
+    write_training_data(folder, data["train"], data_arguments)
+    write_loss_curve(trainer.state.log_history, folder)
+    if "eval" in data:
+        sys.stdout.write(results_table(evaluate_folder(str(folder), data["eval"])))
 
 
 __all__ = ["build_encoder", "image_rows", "main"]

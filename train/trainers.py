@@ -145,6 +145,15 @@ class VlmTrainer(_ArtifactTrainer):
         is_projector = ".multi_modal_projector." in f".{name}"
         return self.args.projector_learning_rate if is_projector else self.args.learning_rate
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As the Trainer's, but no rows are repeated to fill the last batches of several processes."""
+        even_batches = self.accelerator.even_batches
+        self.accelerator.even_batches = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.accelerator.even_batches = even_batches
+
     @torch.no_grad()
     def evaluation_loop(
         self,

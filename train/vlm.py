@@ -22,7 +22,7 @@ from sigphi.processing.processing_sigphi import SigPhiProcessor
 from sigphi.train.arguments import DataArguments, VlmModelArguments, VlmTrainingArguments, choose_attn_implementation
 from sigphi.train.checkpoints import read_config
 from sigphi.train.collators import VlmCollator
-from sigphi.train.data import distinct_images, load_cifar10_qa
+from sigphi.train.data import distinct_images, load_data
 from sigphi.train.errors import UserError, run_command
 from sigphi.train.evaluation import encode_images, evaluate_folder, only_unseen, results_table
 from sigphi.train.images import decode_images
@@ -119,14 +119,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     check_models(model_arguments)
     set_seed(arguments.seed)
-    data = load_cifar10_qa(
-        data_arguments.input_csv,
-        data_arguments.images,
-        data_arguments.image_split,
-        data_arguments.eval_fraction,
-        data_arguments.split_seed,
-        data_arguments.on_faulty_answers,
-    )
+    data = load_data(data_arguments)
+    if "eval" in data:
+        data["eval"] = only_unseen(data["eval"], model_arguments.siglip_checkpoint)
     everything = datasets.concatenate_datasets(list(data.values()))
     images, positions = distinct_images(everything)
     pixels = decode_images(images, range(len(images)))
@@ -152,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         write_loss_curve(trainer.state.log_history, folder)
         if "eval" in data:
             del model, trainer  # the artifact is loaded anew, beside nothing
-            sys.stdout.write(results_table(evaluate_folder(str(folder), only_unseen(data["eval"], str(folder)))))
+            sys.stdout.write(results_table(evaluate_folder(str(folder), data["eval"])))
 
 
 __all__ = ["build_model", "check_models", "main"]
