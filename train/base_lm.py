@@ -135,8 +135,9 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    trainer.save_model()
     if trainer.is_world_process_zero():
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(arguments.output_dir)
+        tokenizer.save_pretrained(arguments.output_dir)
         write_loss_curve(trainer.state.log_history, Path(arguments.output_dir))
 
 
