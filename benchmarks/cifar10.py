@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "train" / "recipes"
 RESULTS = Path(__file__).parent / "results" / "cifar10.json"
 
+STAGES = ("base", "siglip", "vlm", "vlm_full")
+
 logger = logging.getLogger(__name__)
 
 
@@ -37,8 +39,8 @@ def build_data(folder: Path, images: str) -> None:
             run("sigphi", "data", "build", *options)
 
 
-def train(folder: Path, images: str) -> None:
-    """The language model, the encoder, and the VLM twice: by QLoRA, and in full."""
+def train(folder: Path, images: str, wanted: list[str]) -> None:
+    """The stages of [`STAGES`] that are wanted: language model, encoder, and the VLM by QLoRA and in full."""
     base, encoder = str(folder / "base"), str(folder / "siglip")
     parts = ("--siglip-checkpoint", encoder, "--language-model", base)
     stages: dict[str, tuple[str, ...]] = {
@@ -47,8 +49,9 @@ def train(folder: Path, images: str) -> None:
         "vlm": ("sigphi", "train-vlm", *parts),
         "vlm_full": ("sigphi", "train-vlm", *parts),
     }
-    for name, command in stages.items():
-        if not (folder / name / LOG_HISTORY).exists() and not (folder / name / "model.safetensors").exists():
+    for name in wanted:
+        command = stages[name]
+        if not (folder / name / LOG_HISTORY).exists():
             recipe = ("--config", str(RECIPES / f"cifar10_{name}.yaml"), "--output-dir", str(folder / name))
             run(*command, *recipe, "--input-csv", str(folder / "train.csv"), "--images", images)
 
@@ -77,12 +80,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", required=True, help="CIFAR-10: a folder or Hub id")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/cifar10"))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to run and to report")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     build_data(options.output_dir, options.images)
-    train(options.output_dir, options.images)
-    names = ("siglip", "vlm", "vlm_full")
+    train(options.output_dir, options.images, options.stages)
+    names = [name for name in options.stages if name != "base"]
     results = {name: evaluate(options.output_dir, options.images, name) for name in names}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     RESULTS.parent.mkdir(exist_ok=True)
@@ -91,7 +95,7 @@ def main() -> None:
         "images": "JPEG copy of CIFAR-10 (quality about 75); figures are a point or two below those on the original",
         "cores": os.cpu_count(),
         "environment": environment(),
-        "train_seconds": {name: train_seconds(options.output_dir / name) for name in ("base", *names)},
+        "train_seconds": {name: train_seconds(options.output_dir / name) for name in options.stages},
         "test": results,
     }
     write_json(RESULTS, facts)
