@@ -414,7 +414,9 @@ def test_a_wrong_command_line_is_a_user_error(argv: list[str], message: str) -> 
 
 
 def test_help_names_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--help"])
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
     assert "sigphi data build" in capsys.readouterr().out
 
 

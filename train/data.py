@@ -512,7 +512,7 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     if words[:1] in (["-h"], ["--help"]):
         sys.stdout.write(_USAGE)
-        return
+        sys.exit(0)
     if words[:1] != ["build"]:
         given = f"there is no subcommand {words[0]!r}" if words else "a subcommand is missing"
         raise UserError(f"{given}; `sigphi data` has: build.")
