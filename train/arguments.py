@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -245,7 +246,10 @@ class VlmTrainingArguments(SigphiTrainingArguments):
     logging_steps: float = HfArg(help="Steps between two log lines.", default=20)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        with warnings.catch_warnings():
+            # The newer name does not exist in the oldest transformers that is supported.
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+            super().__post_init__()
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             # The reentrant kind gives no gradients when the block's inputs need none, as with a frozen base.
             self.gradient_checkpointing_kwargs: dict[str, Any] | None = {"use_reentrant": False}

@@ -41,6 +41,8 @@ def _show_log(level: int) -> None:
     for name in ("sigphi", "__main__"):
         logging.getLogger(name).setLevel(level)
         logging.getLogger(name).handlers = [handler]
+    # At import it warns that an optional kernel for CPUs is missing, in front of whatever the command has to say.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 __all__ = ["UserError", "run_command"]
