@@ -506,3 +506,20 @@ def test_two_processes_train_the_vlm(vlm_argv, tmp_path):
     assert num_rows == pytest.approx(results["metadata"]["rows"], abs=1)
     assert results["eval_loss"] == pytest.approx(held_out["eval_loss"], rel=1e-4)
     assert os.path.exists(tmp_path / "vlm" / "lora" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_only_a_new_text_projection_is_whitened(
+    continues, tiny_encoder, tiny_encoder_processor, toy_csv, tmp_path, monkeypatch
+):
+    calls = []
+    monkeypatch.setattr("sigphi.train.siglip.whiten_text_projection", lambda *_: calls.append(1))
+    arguments = SimpleNamespace(
+        cache_text_features="auto",
+        train_text_tower=False,
+        max_text_length=64,
+        siglip_checkpoint=str(tmp_path) if continues else None,
+    )
+    data = load_cifar10_qa(toy_csv, "synthetic:200")
+    siglip.encoder_inputs(data, tiny_encoder, tiny_encoder_processor, arguments)
+    assert calls == ([] if continues else [1])

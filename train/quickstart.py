@@ -5,7 +5,6 @@
 Runs on a CPU without a network. The images are drawn in code, the models start from random weights.
 """
 
-import json
 import logging
 import sys
 import time
@@ -152,7 +151,7 @@ model that sees nothing can reach; `image_gain` is the accuracy with the right i
 {markdown_table(("stage", "seconds"), [(name, f"{value:.0f}") for name, value in seconds.items()])}"""
     (folder / "report.md").write_text(text, encoding="utf-8")
     facts = {"results": results, "seconds": seconds, "environment": environment()}
-    write_json(folder / "report.json", json.loads(json.dumps(facts)))
+    write_json(folder / "report.json", facts)
 
 
 __all__ = ["main"]

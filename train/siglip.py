@@ -135,15 +135,14 @@ def image_rows(dataset: datasets.Dataset) -> tuple[datasets.Dataset, torch.Tenso
     return datasets.Dataset.from_dict(rows), decode_images(images, range(len(images)))
 
 
-def cache_text_features(collator: SiglipCollator, model: SiglipResNetModel, texts: Sequence[str]) -> None:
-    """Run the frozen text tower once for each distinct text, and let `collator` give the results."""
+def cache_text_features(collator: SiglipCollator, model: SiglipResNetModel, texts: Sequence[str]) -> torch.Tensor:
+    """Run the frozen text tower once for each distinct text, let `collator` give the results, and return them."""
     distinct = {text_key(text): text for text in reversed(list(texts))}
     logger.info("embedding %d distinct texts once", len(distinct))
     collator.text_rows = {key: row for row, key in enumerate(distinct)}
-    collator.text_features = pool_texts(
-        model, collator.processor, list(distinct.values()), max_length=collator.max_text_length
-    )
-    whiten_text_projection(model, collator.text_features)
+    pooled = pool_texts(model, collator.processor, list(distinct.values()), max_length=collator.max_text_length)
+    collator.text_features = pooled
+    return pooled
 
 
 @torch.no_grad()
@@ -181,7 +180,9 @@ def encoder_inputs(
     rows, pixels = image_rows(everything)
     collator = SiglipCollator(processor, pixels, arguments.max_text_length)
     if arguments.cache_text_features != "off" and not arguments.train_text_tower:
-        cache_text_features(collator, model, everything["answer"])
+        features = cache_text_features(collator, model, everything["answer"])
+        if arguments.siglip_checkpoint is None:  # a checkpoint's projection is trained already
+            whiten_text_projection(model, features)
     num_train = len(distinct_images(data["train"])[0])
     eval_rows = rows.select(range(num_train, len(rows))) if "eval" in data else None
     return rows.select(range(num_train)), eval_rows, collator
