@@ -20,8 +20,8 @@ _PUBLIC = {
     "SiglipTrainingArguments": "sigphi.train.arguments",
     "VlmTrainingArguments": "sigphi.train.arguments",
     "load_cifar10_qa": "sigphi.train.data",
-    "evaluate_encoder": "sigphi.train.evaluation",
-    "evaluate_vlm": "sigphi.train.evaluation",
+    "evaluate_encoder": "sigphi.train.encoder_evaluation",
+    "evaluate_vlm": "sigphi.train.vlm_evaluation",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -29,7 +29,8 @@ from sigphi import (
     SigPhiProcessor,
 )
 from sigphi.train.base_lm import BaseModelArguments, qa_texts, small_phi, train_tokenizer
-from sigphi.train.data import build_csv, load_cifar10_qa
+from sigphi.train.data import load_cifar10_qa
+from sigphi.train.data_build import build_csv
 
 # One thread here and in child processes: a sum in another order differs in the last bit.
 torch.set_num_threads(1)

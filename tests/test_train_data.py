@@ -10,19 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sigphi.train.data import (
-    QA_FEATURES,
-    build_csv,
-    data_facts,
-    distinct_images,
-    held_out,
-    load_cifar10_qa,
-    main,
-    read_qa_csv,
-)
+from sigphi.train.data import QA_FEATURES, data_facts, distinct_images, held_out, load_cifar10_qa, main
+from sigphi.train.data_build import build_csv
 from sigphi.train.errors import UserError
+from sigphi.train.facts import CLASS_NAMES, image_facts
 from sigphi.train.images import decode_images, load_images
-from sigphi.train.questions import CLASS_NAMES, image_facts, is_correct
+from sigphi.train.judging import is_correct
+from sigphi.train.qa_csv import read_qa_csv
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 HEADER = ["Dataset_Index", *(f"{letter}{pair}" for pair in range(1, 6) for letter in "QA")]
@@ -417,7 +411,7 @@ def test_help_names_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    assert "sigphi data build" in capsys.readouterr().out
+    assert "\nbuild  make a CSV" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no CIFAR-10 at {SHARED}")

@@ -12,24 +12,14 @@ from conftest import TOY_IMAGES
 from sigphi.train import evaluation
 from sigphi.train.collators import text_key
 from sigphi.train.data import data_facts, distinct_images, held_out, load_cifar10_qa
+from sigphi.train.encoder_evaluation import class_embeddings, embed_images, embed_texts, evaluate_encoder, with_article
 from sigphi.train.errors import UserError
-from sigphi.train.evaluation import (
-    class_embeddings,
-    embed_images,
-    embed_texts,
-    encode_images,
-    evaluate_encoder,
-    evaluate_folder,
-    evaluate_vlm,
-    generate_answers,
-    only_unseen,
-    results_table,
-    with_article,
-)
+from sigphi.train.evaluation import evaluate_folder, only_unseen, results_table
+from sigphi.train.facts import CLASS_NAMES
 from sigphi.train.images import decode_images
 from sigphi.train.metrics import majority_share
 from sigphi.train.prompts import prepare_tokenizer, tokenize_questions, tokenized_rows
-from sigphi.train.questions import CLASS_NAMES
+from sigphi.train.vlm_evaluation import encode_images, evaluate_vlm, generate_answers
 
 NUM_IMAGES = 20
 

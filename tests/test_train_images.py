@@ -8,8 +8,8 @@ import torch
 from datasets import ClassLabel, Dataset, Image
 
 from sigphi.train.errors import UserError
+from sigphi.train.facts import CLASS_NAMES
 from sigphi.train.images import decode_images, load_images
-from sigphi.train.questions import CLASS_NAMES
 from sigphi.train.synthetic import IMAGE_FEATURES, synthetic_images
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"

@@ -7,22 +7,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sigphi.train.questions import (
+from sigphi.train.facts import (
     CLASS_NAMES,
     COLOR_NAMES,
     COLOR_SHADES,
-    QUESTION_TYPES,
     ImageFacts,
-    QuestionAnswer,
-    asks_for_object,
     batch_facts,
-    competing_values,
     image_facts,
-    is_correct,
-    make_questions,
     nearest_colors,
     srgb_to_lab,
 )
+from sigphi.train.judging import asks_for_object, competing_values, is_correct
+from sigphi.train.questions import QUESTION_TYPES, QuestionAnswer, make_questions
 
 SAMPLE_CSV = Path(__file__).parents[2] / "shared" / "data" / "sample_qa_smolvlm_style.csv"
 

@@ -6,7 +6,7 @@ from datasets import ClassLabel, Dataset, Image
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from sigphi.train.questions import CLASS_NAMES, batch_facts
+from sigphi.train.facts import CLASS_NAMES, batch_facts
 from sigphi.train.synthetic import synthetic_images
 
 

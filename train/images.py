@@ -11,7 +11,7 @@ import torch
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from sigphi.train.errors import UserError
-from sigphi.train.questions import CLASS_NAMES
+from sigphi.train.facts import CLASS_NAMES
 from sigphi.train.synthetic import IMAGE_FEATURES, synthetic_images
 
 _SYNTHETIC_SIZES = {"train": 4000, "test": 1000}

@@ -17,11 +17,12 @@ from transformers.hf_argparser import HfArg
 
 from sigphi.train import base_lm, siglip, vlm
 from sigphi.train.chat import Conversation, load_vlm
-from sigphi.train.data import build_csv, distinct_images, load_cifar10_qa
+from sigphi.train.data import distinct_images, load_cifar10_qa
+from sigphi.train.data_build import build_csv
 from sigphi.train.errors import run_command
 from sigphi.train.evaluation import evaluate_folder
+from sigphi.train.judging import is_correct
 from sigphi.train.parser import parse_arguments
-from sigphi.train.questions import is_correct
 from sigphi.train.records import environment, write_json
 from sigphi.train.report import Answered, markdown_table, picture_grid
 

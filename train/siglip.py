@@ -23,12 +23,13 @@ from sigphi.train.arguments import DataArguments, SiglipModelArguments, SiglipTr
 from sigphi.train.checkpoints import read_config
 from sigphi.train.collators import SiglipCollator, text_key
 from sigphi.train.data import distinct_images, load_data
+from sigphi.train.encoder_evaluation import class_embeddings, embed_images, pool_texts
 from sigphi.train.errors import run_command
-from sigphi.train.evaluation import class_embeddings, embed_images, evaluate_folder, pool_texts, results_table
+from sigphi.train.evaluation import evaluate_folder, results_table
 from sigphi.train.images import decode_images
+from sigphi.train.judging import stated_fact
 from sigphi.train.metrics import top1_accuracy
 from sigphi.train.parser import parse_arguments
-from sigphi.train.questions import stated_fact
 from sigphi.train.records import durable_name, write_training_data
 from sigphi.train.report import write_loss_curve
 from sigphi.train.trainers import SiglipTrainer

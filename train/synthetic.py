@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sigphi.train.questions import CLASS_NAMES, COLOR_SHADES
+from sigphi.train.facts import CLASS_NAMES, COLOR_SHADES
 
 IMAGE_FEATURES = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASS_NAMES))})
 

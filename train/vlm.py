@@ -24,7 +24,7 @@ from sigphi.train.checkpoints import read_config
 from sigphi.train.collators import VlmCollator
 from sigphi.train.data import distinct_images, load_data
 from sigphi.train.errors import UserError, run_command
-from sigphi.train.evaluation import encode_images, evaluate_folder, only_unseen, results_table
+from sigphi.train.evaluation import evaluate_folder, only_unseen, results_table
 from sigphi.train.images import decode_images
 from sigphi.train.parser import parse_arguments
 from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
@@ -32,6 +32,7 @@ from sigphi.train.qlora import build_vlm, load_language_model
 from sigphi.train.records import write_training_data
 from sigphi.train.report import write_loss_curve
 from sigphi.train.trainers import VlmTrainer
+from sigphi.train.vlm_evaluation import encode_images
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,233 @@
+"""The CSV of questions and answers about CIFAR-10 images: read it and check it."""
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sigphi.train.errors import UserError
+
+PAIRS = (1, 2, 3, 4, 5)
+IMAGE_SPLITS = ("train", "test")
+# What an image is in the text of a prompt; inside a question it would be taken for a second image.
+IMAGE_PLACEHOLDER = "<image>"
+
+_REQUIRED_COLUMNS = ("Dataset_Index", *(f"{letter}{pair}" for pair in PAIRS for letter in "QA"))
+_OPTIONAL_COLUMNS = ("Split", *(f"{letter}{pair}" for pair in PAIRS for letter in "TS"))
+_NUM_PLACES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class QaTable:
+    """The sound question-answer pairs of a CSV.
+
+    Args:
+        rows (`pandas.DataFrame`):
+            One row a pair, in the order of the file, with the columns `line` (int, of the file, the header is 1),
+            `pair` (int, 1 to 5), `split` (str), `dataset_index` (int), and as str `question`, `answer`,
+            `question_type`, `short_answer`; these two are empty where the file has none.
+        num_empty (`int`): pairs left out because neither question nor answer is there.
+        num_faulty (`int`): pairs left out by `on_faulty="skip"`.
+    """
+
+    rows: pd.DataFrame
+    num_empty: int
+    num_faulty: int
+
+
+def read_qa_csv(
+    path: str | Path,
+    image_split: str | None,
+    num_images: Mapping[str, int],
+    on_faulty: str = "error",
+) -> QaTable:
+    """Read and check a CSV of questions and answers.
+
+    The columns `Dataset_Index`, `Q1` to `Q5` and `A1` to `A5` have to be there. `Split` says for each row which split
+    of the images `Dataset_Index` counts in, `T1` to `T5` give question types and `S1` to `S5` short answers; other
+    columns are ignored. An image may have several rows. White space around a cell does not count.
+
+    Args:
+        path (`str` or `Path`): a CSV file in UTF-8.
+        image_split (`str`, *optional*): `"train"` or `"test"`, for a file without the column `Split`.
+        num_images (`Mapping[str, int]`): for each split that the file uses, how many images it has.
+        on_faulty (`str`, *optional*, defaults to `"error"`):
+            What to do with pairs that miss their question or their answer, or whose answer starts with `ERROR`, as
+            an annotator leaves them: `"error"` or `"skip"`.
+
+    Raises:
+        UserError: for anything wrong with the file, with file, line and column. Lines count from 1, the header's.
+    """
+    rows, num_empty, num_faulty = read_pairs(Path(path), image_split, on_faulty)
+    return QaTable(with_checked_indices(rows, path, num_images), num_empty, num_faulty)
+
+
+def read_pairs(path: Path, image_split: str | None, on_faulty: str) -> tuple[pd.DataFrame, int, int]:
+    """The kept pairs with `dataset_index` still as text, and how many were empty and faulty."""
+    if on_faulty not in ("error", "skip"):
+        raise UserError(f"--on-faulty-answers {on_faulty}: it has to be error or skip.")
+    header, lines, cells = _read_cells(path)
+    _check_columns(path, header)
+    wide = pd.DataFrame(cells, columns=header, dtype=str)
+    wide["Split"] = _row_splits(path, wide, lines, image_split)
+    rows = _one_row_a_pair(wide, lines)
+    has_question, has_answer = rows["question"] != "", rows["answer"] != ""
+    is_empty = ~has_question & ~has_answer
+    is_faulty = (has_question != has_answer) | rows["answer"].str.startswith("ERROR")
+    if on_faulty == "error":
+        _raise_on_faulty(path, rows[is_faulty])
+    kept = rows[~is_empty & ~is_faulty].reset_index(drop=True)
+    if kept.empty:
+        raise UserError(f"{path} holds no pair of a question and an answer; fill Q1 and A1.")
+    _check_placeholder(path, kept)
+    return kept, int(is_empty.sum()), int(is_faulty.sum())
+
+
+def _read_cells(path: Path) -> tuple[list[str], list[int], list[list[str]]]:
+    """The header, and for each further row that is not blank the line it starts on and its cells."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            # Not pandas: it neither knows the line of a row behind cells of several lines nor refuses short rows.
+            reader = csv.reader(file, strict=True)
+            header = [name.strip() for name in next(reader, [])]
+            lines, cells = _read_rows(path, reader, len(header))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; give a CSV file by --input-csv.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 (byte {error.start}); save it as CSV in UTF-8.") from error
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: this is not CSV ({error}).") from error
+    if not cells:
+        raise UserError(f"{path} is empty; it needs a header and at least one row.")
+    return header, lines, cells
+
+
+def _read_rows(path: Path, reader: Any, num_columns: int) -> tuple[list[int], list[list[str]]]:
+    lines, rows = [], []
+    line = reader.line_num + 1
+    for row in reader:
+        if row and len(row) != num_columns:
+            raise UserError(
+                f"{path}, line {line}: {len(row)} cells, but the header has {num_columns}; "
+                "put cells with commas or line breaks in double quotes."
+            )
+        if row:
+            lines.append(line)
+            rows.append([cell.strip() for cell in row])
+        line = reader.line_num + 1
+    return lines, rows
+
+
+def _check_columns(path: Path, header: list[str]) -> None:
+    missing = [name for name in _REQUIRED_COLUMNS if name not in header]
+    if missing:
+        raise UserError(f"{path}: no column {', '.join(missing)}; the header has {', '.join(header)[:300]}.")
+    for name in (*_REQUIRED_COLUMNS, *_OPTIONAL_COLUMNS):
+        if header.count(name) > 1:
+            raise UserError(f"{path}: {header.count(name)} columns are named {name}; rename or remove all but one.")
+
+
+def _row_splits(path: Path, wide: pd.DataFrame, lines: list[int], image_split: str | None) -> list[str]:
+    if image_split is not None and image_split not in IMAGE_SPLITS:
+        raise UserError(f"--image-split {image_split}: it has to be train or test.")
+    if "Split" not in wide:
+        if image_split is None:
+            raise UserError(
+                f"{path} has no column Split, so say which split Dataset_Index counts in: --image-split train or "
+                "--image-split test. Files made for earlier versions of these scripts index the test split."
+            )
+        return [image_split] * len(wide)
+    splits = wide["Split"].tolist()
+    for line, split in zip(lines, splits, strict=True):
+        if split not in IMAGE_SPLITS:
+            raise UserError(f"{path}, line {line}, column Split: {split!r} has to be train or test.")
+        if image_split is not None and split != image_split:
+            raise UserError(
+                f"{path}, line {line}, column Split: {split!r}, but --image-split says {image_split}; "
+                "leave that option out, the column decides."
+            )
+    return splits
+
+
+def _one_row_a_pair(wide: pd.DataFrame, lines: list[int]) -> pd.DataFrame:
+    parts = []
+    for pair in PAIRS:
+        part = pd.DataFrame({"line": lines, "pair": pair, "split": wide["Split"]})
+        part["dataset_index"] = wide["Dataset_Index"]
+        columns = {
+            "question": f"Q{pair}",
+            "answer": f"A{pair}",
+            "question_type": f"T{pair}",
+            "short_answer": f"S{pair}",
+        }
+        for name, column in columns.items():
+            part[name] = wide[column] if column in wide else ""
+        parts.append(part)
+    return pd.concat(parts).sort_values(["line", "pair"], ignore_index=True)
+
+
+def _raise_on_faulty(path: Path, faulty: pd.DataFrame) -> None:
+    if faulty.empty:
+        return
+    places = []
+    for line, pair, question in faulty[["line", "pair", "question"]].head(_NUM_PLACES_SHOWN).itertuples(index=False):
+        places.append(f"line {line} column {'Q' if question == '' else 'A'}{pair}")
+    raise UserError(
+        f"{path}: {len(faulty)} questions or answers are missing, or answers start with ERROR: {', '.join(places)}"
+        f"{', ...' if len(faulty) > len(places) else ''}.\nMend them, or leave them out by --on-faulty-answers skip."
+    )
+
+
+def _check_placeholder(path: Path, rows: pd.DataFrame) -> None:
+    for name, letter in (("question", "Q"), ("answer", "A")):
+        bad = rows[rows[name].str.contains(IMAGE_PLACEHOLDER, regex=False)]
+        if not bad.empty:
+            raise UserError(
+                f"{path}, line {bad.iloc[0]['line']}, column {letter}{bad.iloc[0]['pair']}: the text holds "
+                f"{IMAGE_PLACEHOLDER}, which stands for the image itself; remove it."
+            )
+
+
+def with_checked_indices(rows: pd.DataFrame, path: str | Path, num_images: Mapping[str, int]) -> pd.DataFrame:
+    size = rows["split"].map(dict(num_images))  # (num_rows,)
+    # 18 digits fit into an int64; what is no number becomes -1.
+    is_number = rows["dataset_index"].str.fullmatch(r"\d{1,18}")
+    index = rows["dataset_index"].where(is_number, "-1").astype("int64")
+    bad = rows[(index < 0) | ~(index < size)]
+    if not bad.empty:
+        first = bad.iloc[0]
+        num_images_of_split = num_images.get(first["split"], 0)
+        raise UserError(
+            f"{path}, line {first['line']}, column Dataset_Index: {first['dataset_index']!r} is no row of the "
+            f"{first['split']} split, which has {num_images_of_split} images: 0 to {num_images_of_split - 1}."
+        )
+    rows = rows.assign(dataset_index=index)
+    _check_duplicates(path, rows)
+    return rows
+
+
+def _check_duplicates(path: str | Path, rows: pd.DataFrame) -> None:
+    key = ["split", "dataset_index", "question"]
+    again = rows[rows.duplicated(key)]
+    if again.empty:
+        return
+    second = again.iloc[0]
+    first = rows[(rows[key] == second[key]).all(axis=1)].iloc[0]
+    raise UserError(
+        f"{path}: line {first['line']} (Q{first['pair']}) and line {second['line']} (Q{second['pair']}) ask the same "
+        f"of {second['split']} image {second['dataset_index']}: {second['question'][:80]!r}; remove one."
+    )
+
+
+__all__ = [
+    "IMAGE_PLACEHOLDER",
+    "IMAGE_SPLITS",
+    "PAIRS",
+    "QaTable",
+    "read_pairs",
+    "read_qa_csv",
+    "with_checked_indices",
+]
