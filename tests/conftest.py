@@ -12,6 +12,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -29,7 +30,7 @@ from sigphi import (
     SigPhiProcessor,
 )
 from sigphi.train.base_lm import BaseModelArguments, qa_texts, small_phi, train_tokenizer
-from sigphi.train.data import load_cifar10_qa
+from sigphi.train.data import distinct_images, load_cifar10_qa
 from sigphi.train.data_build import build_csv
 
 # One thread here and in child processes: a sum in another order differs in the last bit.
@@ -296,6 +297,14 @@ def toy_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("toy") / "qa.csv"
     build_csv(path, TOY_IMAGES, "train", num_images=60)
     return path
+
+
+@pytest.fixture(scope="session")
+def toy_dataset(toy_csv: Path) -> datasets.Dataset:
+    """The questions of `toy_csv` about the first 20 pictures, with these."""
+    data = load_cifar10_qa(toy_csv, TOY_IMAGES, eval_fraction=1.0)["eval"]
+    _, positions = distinct_images(data)
+    return data.select([row for row, position in enumerate(positions) if position < 20])
 
 
 @pytest.fixture(scope="session")
