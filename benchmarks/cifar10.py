@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "train" / "recipes"
 RESULTS = Path(__file__).parent / "results" / "cifar10.json"
 
+# Beside each stage's model: what it was trained by. Stages may have been trained at different times.
+COMMIT = "commit.txt"
 STAGES = ("base", "siglip", "vlm", "vlm_full")
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,13 @@ def train(folder: Path, images: str, wanted: list[str]) -> None:
         if not (folder / name / LOG_HISTORY).exists():
             recipe = ("--config", str(RECIPES / f"cifar10_{name}.yaml"), "--output-dir", str(folder / name))
             run(*command, *recipe, "--input-csv", str(folder / "train.csv"), "--images", images)
+            (folder / name / COMMIT).write_text(commit(), encoding="utf-8")
+
+
+def commit() -> str:
+    """The checked-out commit, with `-dirty` behind it where files differ from it."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
 
 
 def train_seconds(folder: Path) -> float:
@@ -62,8 +71,8 @@ def train_seconds(folder: Path) -> float:
     return next(entry["train_runtime"] for entry in history if "train_runtime" in entry)
 
 
-def evaluate(folder: Path, images: str, name: str) -> dict[str, float]:
-    """Score a stage on the test images; the figures of its held-out train images stay in a file beside them."""
+def evaluate(folder: Path, images: str, name: str) -> dict[str, dict[str, float]]:
+    """Score a stage on the test images; the figures of its held-out train images are kept beside them."""
     target = folder / name / "test_results.json"
     if not target.exists():
         results = folder / name / "eval_results.json"
@@ -72,7 +81,8 @@ def evaluate(folder: Path, images: str, name: str) -> dict[str, float]:
         run("sigphi", "evaluate", str(folder / name), *options)
         target.write_text(results.read_text(encoding="utf-8"), encoding="utf-8")
         (folder / name / "held_out_results.json").write_text(held_out, encoding="utf-8")
-    return json.loads(target.read_text(encoding="utf-8"))
+    files = {"test": target, "held_out": folder / name / "held_out_results.json"}
+    return {split: json.loads(file.read_text(encoding="utf-8")) for split, file in files.items()}
 
 
 def main() -> None:
@@ -88,15 +98,16 @@ def main() -> None:
     train(options.output_dir, options.images, options.stages)
     names = [name for name in options.stages if name != "base"]
     results = {name: evaluate(options.output_dir, options.images, name) for name in names}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     RESULTS.parent.mkdir(exist_ok=True)
     facts = {
-        "commit": commit.strip(),
+        "commit": commit(),
         "images": "JPEG copy of CIFAR-10 (quality about 75); figures are a point or two below those on the original",
         "cores": os.cpu_count(),
         "environment": environment(),
         "train_seconds": {name: train_seconds(options.output_dir / name) for name in options.stages},
-        "test": results,
+        "trained_at_commit": {name: (options.output_dir / name / COMMIT).read_text() for name in options.stages},
+        "test": {name: result["test"] for name, result in results.items()},
+        "held_out": {name: result["held_out"] for name, result in results.items()},
     }
     write_json(RESULTS, facts)
 
