@@ -1,5 +1,6 @@
 """Both trainings from the command's `main` to the folder that they leave, and the Trainers themselves."""
 
+import copy
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ from sigphi import (
     VlmTrainingArguments,
 )
 from sigphi.train import siglip, vlm
+from sigphi.train.arguments import SiglipModelArguments
 from sigphi.train.collators import SiglipCollator, VlmCollator, preprocess
 from sigphi.train.data import distinct_images, load_cifar10_qa
 from sigphi.train.encoder_evaluation import pool_texts
@@ -524,3 +526,21 @@ def test_only_a_new_text_projection_is_whitened(
     data = load_cifar10_qa(toy_csv, "synthetic:200")
     siglip.encoder_inputs(data, tiny_encoder, tiny_encoder_processor, arguments)
     assert calls == ([] if continues else [1])
+
+
+@pytest.mark.parametrize("saved_with_tower", [True, False])
+@pytest.mark.parametrize("train_text_tower", [True, False])
+def test_continuing_trains_the_text_tower_on_demand_alone(
+    tiny_encoder, tiny_encoder_processor, tmp_path, saved_with_tower, train_text_tower
+):
+    encoder = copy.deepcopy(tiny_encoder)
+    encoder.config.include_text_tower = saved_with_tower
+    encoder.config.text_model_name_or_path = str(tmp_path / "tower")
+    encoder.text_model.language_model.save_pretrained(tmp_path / "tower")
+    encoder.save_pretrained(tmp_path / "encoder")
+    tiny_encoder_processor.save_pretrained(tmp_path / "encoder")
+    options = SiglipModelArguments(siglip_checkpoint=str(tmp_path / "encoder"), train_text_tower=train_text_tower)
+    model, _ = siglip.build_encoder(options)
+    assert {tensor.requires_grad for tensor in model.text_model.language_model.parameters()} == {train_text_tower}
+    # A tower that was trained is another one than that of its source, so it has to be saved.
+    assert model.config.include_text_tower is (saved_with_tower or train_text_tower)

@@ -44,12 +44,24 @@ def build_encoder(arguments: SiglipModelArguments) -> tuple[SiglipResNetModel, S
     Raises:
         UserError: if a tower cannot be read or is of another kind.
     """
-    if arguments.siglip_checkpoint is not None:
-        read_config(arguments.siglip_checkpoint, "--siglip-checkpoint", SiglipResNetConfig.model_type)
-        model = SiglipResNetModel.from_pretrained(arguments.siglip_checkpoint)
-        if not model.config.include_text_tower:
-            model.load_text_tower()
-        return model, SiglipResNetProcessor.from_pretrained(arguments.siglip_checkpoint)
+    name = arguments.siglip_checkpoint
+    model, processor = _new_encoder(arguments) if name is None else _saved_encoder(name)
+    text_tower: Any = model.text_model.language_model
+    text_tower.requires_grad_(arguments.train_text_tower)
+    # The tower is read apart even when it is trained, so that it starts from its own weights.
+    model.config.include_text_tower |= arguments.train_text_tower or arguments.save_text_tower
+    return model, processor
+
+
+def _saved_encoder(name: str) -> tuple[SiglipResNetModel, SiglipResNetProcessor]:
+    config = read_config(name, "--siglip-checkpoint", SiglipResNetConfig.model_type)
+    model = SiglipResNetModel.from_pretrained(name)
+    if not config.include_text_tower:
+        model.load_text_tower()
+    return model, SiglipResNetProcessor.from_pretrained(name)
+
+
+def _new_encoder(arguments: SiglipModelArguments) -> tuple[SiglipResNetModel, SiglipResNetProcessor]:
     text_config = read_config(
         arguments.text_model, "--text-model", revision=arguments.text_model_revision
     ).get_text_config()
@@ -69,10 +81,6 @@ def build_encoder(arguments: SiglipModelArguments) -> tuple[SiglipResNetModel, S
     if arguments.vision_model is not None:
         model.vision_model = SiglipResNetVisionModel.from_pretrained(arguments.vision_model, config=vision_config)
     model.load_text_tower()
-    text_tower: Any = model.text_model.language_model
-    text_tower.requires_grad_(arguments.train_text_tower)
-    # The tower is read apart even when it is trained, so that it starts from its own weights.
-    config.include_text_tower = arguments.train_text_tower or arguments.save_text_tower
     return model, _processor(arguments)
 
 
