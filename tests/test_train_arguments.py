@@ -180,6 +180,19 @@ def test_the_default_tracker_is_tensorboard_where_installed(monkeypatch, caplog,
     assert SiglipTrainingArguments(output_dir=str(tmp_path), report_to="none").report_to == []
 
 
+@pytest.mark.parametrize("trackers", ["no_such_tracker", ["tensorboard", "no_such_tracker"]])
+def test_a_tracker_that_is_not_there_is_named_before_anything_loads(trackers, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments_module, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    with pytest.raises(UserError, match="--report-to no_such_tracker: .* installed here: tensorboard"):
+        VlmTrainingArguments(output_dir=str(tmp_path), report_to=trackers)
+
+
+def test_trackers_that_are_installed_reach_the_trainer(tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments_module, "get_available_reporting_integrations", lambda: ["wandb", "trackio"])
+    options = VlmTrainingArguments(output_dir=str(tmp_path), report_to=["wandb", "trackio"])
+    assert options.report_to == ["wandb", "trackio"]
+
+
 @pytest.mark.parametrize("style", ["-", "_"])
 @pytest.mark.parametrize("types", [SIGLIP, VLM])
 def test_the_names_of_the_earlier_scripts_parse(types, style, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
-from transformers.integrations import is_tensorboard_available
+from transformers.integrations import get_available_reporting_integrations, is_tensorboard_available
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -180,6 +180,13 @@ class SigphiTrainingArguments(TrainingArguments):
             # Several CPU processes become one job only under this flag; without it each trains alone.
             self.use_cpu = True
         super().__post_init__()
+        available = get_available_reporting_integrations()
+        for tracker in self.report_to:
+            if tracker not in available:
+                raise UserError(
+                    f"--report-to {tracker}: transformers knows no such tracker, or its package is missing "
+                    f"(pip install {tracker}); installed here: {', '.join(available) or 'none'}."
+                )
 
 
 @dataclass
