@@ -15,8 +15,8 @@ IMAGE_SPLITS = ("train", "test")
 # What an image is in the text of a prompt; inside a question it would be taken for a second image.
 IMAGE_PLACEHOLDER = "<image>"
 
-_REQUIRED_COLUMNS = ("Dataset_Index", *(f"{letter}{pair}" for pair in PAIRS for letter in "QA"))
-_OPTIONAL_COLUMNS = ("Split", *(f"{letter}{pair}" for pair in PAIRS for letter in "TS"))
+REQUIRED_COLUMNS = ("Dataset_Index", *(f"{letter}{pair}" for pair in PAIRS for letter in "QA"))
+OPTIONAL_COLUMNS = ("Split", *(f"{letter}{pair}" for pair in PAIRS for letter in "TS"))
 _NUM_PLACES_SHOWN = 3
 
 
@@ -73,7 +73,7 @@ def read_pairs(path: Path, image_split: str | None, on_faulty: str) -> tuple[pd.
     _check_columns(path, header)
     wide = pd.DataFrame(cells, columns=header, dtype=str)
     wide["Split"] = _row_splits(path, wide, lines, image_split)
-    rows = _one_row_a_pair(wide, lines)
+    rows = one_row_a_pair(wide, lines)
     has_question, has_answer = rows["question"] != "", rows["answer"] != ""
     is_empty = ~has_question & ~has_answer
     is_faulty = (has_question != has_answer) | rows["answer"].str.startswith("ERROR")
@@ -122,10 +122,10 @@ def _read_rows(path: Path, reader: Any, num_columns: int) -> tuple[list[int], li
 
 
 def _check_columns(path: Path, header: list[str]) -> None:
-    missing = [name for name in _REQUIRED_COLUMNS if name not in header]
+    missing = [name for name in REQUIRED_COLUMNS if name not in header]
     if missing:
         raise UserError(f"{path}: no column {', '.join(missing)}; the header has {', '.join(header)[:300]}.")
-    for name in (*_REQUIRED_COLUMNS, *_OPTIONAL_COLUMNS):
+    for name in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS):
         if header.count(name) > 1:
             raise UserError(f"{path}: {header.count(name)} columns are named {name}; rename or remove all but one.")
 
@@ -152,7 +152,8 @@ def _row_splits(path: Path, wide: pd.DataFrame, lines: list[int], image_split: s
     return splits
 
 
-def _one_row_a_pair(wide: pd.DataFrame, lines: list[int]) -> pd.DataFrame:
+def one_row_a_pair(wide: pd.DataFrame, lines: list[int]) -> pd.DataFrame:
+    """The columns of `QaTable.rows`, with `dataset_index` still as text; empty cells where `wide` has no column."""
     parts = []
     for pair in PAIRS:
         part = pd.DataFrame({"line": lines, "pair": pair, "split": wide["Split"]})
@@ -191,11 +192,15 @@ def _check_placeholder(path: Path, rows: pd.DataFrame) -> None:
             )
 
 
+def parse_indices(texts: pd.Series) -> pd.Series:
+    """`Dataset_Index` as int64, with -1 for what is no number from 0 on."""
+    # 18 digits fit into an int64.
+    return texts.where(texts.str.fullmatch(r"\d{1,18}"), "-1").astype("int64")
+
+
 def with_checked_indices(rows: pd.DataFrame, path: str | Path, num_images: Mapping[str, int]) -> pd.DataFrame:
     size = rows["split"].map(dict(num_images))  # (num_rows,)
-    # 18 digits fit into an int64; what is no number becomes -1.
-    is_number = rows["dataset_index"].str.fullmatch(r"\d{1,18}")
-    index = rows["dataset_index"].where(is_number, "-1").astype("int64")
+    index = parse_indices(rows["dataset_index"])
     bad = rows[(index < 0) | ~(index < size)]
     if not bad.empty:
         first = bad.iloc[0]
@@ -225,8 +230,12 @@ def _check_duplicates(path: str | Path, rows: pd.DataFrame) -> None:
 __all__ = [
     "IMAGE_PLACEHOLDER",
     "IMAGE_SPLITS",
+    "OPTIONAL_COLUMNS",
     "PAIRS",
     "QaTable",
+    "REQUIRED_COLUMNS",
+    "one_row_a_pair",
+    "parse_indices",
     "read_pairs",
     "read_qa_csv",
     "with_checked_indices",
