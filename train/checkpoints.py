@@ -17,7 +17,9 @@ _KINDS = {
 }
 
 
-def read_config(name: str, option: str, *model_types: str, revision: str | None = None) -> PreTrainedConfig:
+def read_config(
+    name: str, option: str, *model_types: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
     """
     The configuration of a model, before any weights load.
 
@@ -26,6 +28,7 @@ def read_config(name: str, option: str, *model_types: str, revision: str | None 
         option (`str`): where the user gave it, for the message, such as `"--siglip-checkpoint"`.
         model_types (`str`): the kinds that fit; any kind without them.
         revision (`str`, *optional*): of a Hub id.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): whether code that comes with the model may run.
 
     Raises:
         UserError: if there is no such model, or it is of another kind; the message names the value and the remedy.
@@ -33,7 +36,7 @@ def read_config(name: str, option: str, *model_types: str, revision: str | None 
     if _looks_like_path(name) and not Path(name, "config.json").is_file():
         raise UserError(f"{option} {name}: there is no model folder with a config.json here.")
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision or "main")
+        config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
     # What a config's own checks refuse is no ValueError.
     except (OSError, ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]

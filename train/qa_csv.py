@@ -1,7 +1,7 @@
 """The CSV of questions and answers about CIFAR-10 images: read it and check it."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,8 @@ def read_pairs(path: Path, image_split: str | None, on_faulty: str) -> tuple[pd.
     """The kept pairs with `dataset_index` still as text, and how many were empty and faulty."""
     if on_faulty not in ("error", "skip"):
         raise UserError(f"--on-faulty-answers {on_faulty}: it has to be error or skip.")
-    header, lines, cells = _read_cells(path)
-    _check_columns(path, header)
+    header, lines, cells = _read_cells(path, "--input-csv")
+    _check_columns(path, header, REQUIRED_COLUMNS)
     wide = pd.DataFrame(cells, columns=header, dtype=str)
     wide["Split"] = _row_splits(path, wide, lines, image_split)
     rows = one_row_a_pair(wide, lines)
@@ -86,7 +86,34 @@ def read_pairs(path: Path, image_split: str | None, on_faulty: str) -> tuple[pd.
     return kept, int(is_empty.sum()), int(is_faulty.sum())
 
 
-def _read_cells(path: Path) -> tuple[list[str], list[int], list[list[str]]]:
+def read_questions(path: Path, image_split: str | None) -> pd.DataFrame:
+    """The questions of a CSV whose answers are missing or do not count.
+
+    Of the columns of [`read_qa_csv`] only `Dataset_Index` and `Q1` have to be there.
+
+    Args:
+        path (`Path`): a CSV file in UTF-8.
+        image_split (`str`, *optional*): `"train"` or `"test"`, for a file without the column `Split`.
+
+    Returns:
+        `pandas.DataFrame`: the columns of `QaTable.rows`, with `dataset_index` still as text and `answer` empty.
+
+    Raises:
+        UserError: for anything wrong with the file but its indices, see [`with_checked_indices`].
+    """
+    header, lines, cells = _read_cells(path, "--questions-csv")
+    _check_columns(path, header, ("Dataset_Index", "Q1"))
+    wide = pd.DataFrame(cells, columns=header, dtype=str)
+    wide["Split"] = _row_splits(path, wide, lines, image_split)
+    rows = one_row_a_pair(wide, lines).assign(answer="")
+    rows = rows[rows["question"] != ""].reset_index(drop=True)
+    if rows.empty:
+        raise UserError(f"{path} holds no question; fill Q1.")
+    _check_placeholder(path, rows)
+    return rows
+
+
+def _read_cells(path: Path, option: str) -> tuple[list[str], list[int], list[list[str]]]:
     """The header, and for each further row that is not blank the line it starts on and its cells."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -95,7 +122,7 @@ def _read_cells(path: Path) -> tuple[list[str], list[int], list[list[str]]]:
             header = [name.strip() for name in next(reader, [])]
             lines, cells = _read_rows(path, reader, len(header))
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; give a CSV file by --input-csv.") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}; give a CSV file by {option}.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8 (byte {error.start}); save it as CSV in UTF-8.") from error
     except csv.Error as error:
@@ -121,8 +148,8 @@ def _read_rows(path: Path, reader: Any, num_columns: int) -> tuple[list[int], li
     return lines, rows
 
 
-def _check_columns(path: Path, header: list[str]) -> None:
-    missing = [name for name in REQUIRED_COLUMNS if name not in header]
+def _check_columns(path: Path, header: list[str], required: Sequence[str]) -> None:
+    missing = [name for name in required if name not in header]
     if missing:
         raise UserError(f"{path}: no column {', '.join(missing)}; the header has {', '.join(header)[:300]}.")
     for name in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS):
@@ -238,5 +265,6 @@ __all__ = [
     "parse_indices",
     "read_pairs",
     "read_qa_csv",
+    "read_questions",
     "with_checked_indices",
 ]
