@@ -24,7 +24,7 @@ KINDS: dict[str, tuple[bool, str]] = {
     "missed short answer": (True, "Make S the value that the answer A states, in words that the type T allows."),
     "image in both files": (True, "Remove the image from one of the files: its score would be of something learned."),
     "near-duplicate image": (False, "Look at both, and leave one out of the evaluation."),
-    "unnamed class": (False, "An answer to what the object is names one class, that of the image."),
+    "unclear answer": (False, "Make it name one value and no other: the class, or yes or no, as the question asks."),
     "constant answer": (False, "Such a question teaches nothing about the image; ask it less often, or leave it out."),
     "over-long text": (False, "Shorten it: long rows cost memory for the whole batch, and are cut to --max-length."),
     "no answer": (False, "Remove pairs whose answer is a stand-in for a missing value."),

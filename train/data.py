@@ -192,6 +192,8 @@ def data_facts(dataset: datasets.Dataset) -> dict[str, Any]:
 # Subcommand -> its module and one line of help.
 COMMANDS = {
     "build": ("sigphi.train.data_build", "make a CSV of questions and answers from labels and pixels"),
+    "check": ("sigphi.train.data_check", "find every problem of such a CSV"),
+    "push": ("sigphi.train.data_push", "publish a CSV as a `datasets` repository on the Hub"),
 }
 
 

@@ -1,4 +1,4 @@
-"""`sigphi data check`: every problem of a CSV of questions and answers in one pass.
+"""`sigphi data check`: every problem of a CSV of questions and answers, in one pass.
 
 ```bash
 sigphi data check qa.csv --images uoft-cs/cifar10
@@ -8,55 +8,23 @@ sigphi data check qa.csv --images uoft-cs/cifar10
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import pandas as pd
 from transformers.hf_argparser import HfArg
 
+from sigphi.train.check_report import CheckReport, Findings, Problem, format_report
 from sigphi.train.errors import UserError
+from sigphi.train.lenient_csv import read_tables
+from sigphi.train.pair_checks import Repetitions, check_answers, check_texts
 from sigphi.train.parser import parse_arguments
-from sigphi.train.qa_csv import read_pairs
+from sigphi.train.qa_csv import IMAGE_SPLITS, OPTIONAL_COLUMNS, PAIRS, REQUIRED_COLUMNS, one_row_a_pair
+from sigphi.train.row_checks import ImageSets, check_header, locate_images
 
+_COLUMNS = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS, "Class_Label")
 
-@dataclass(frozen=True)
-class Problem:
-    """One kind of problem, with all its occurrences in a file.
-
-    Args:
-        kind (`str`): such as `"half-empty pair"`.
-        is_error (`bool`): whether the file has to be mended before training; otherwise a warning.
-        count (`int`): how often it occurs.
-        places (`tuple[str, ...]`): the first occurrences, such as `"line 7 column A4"`; the header is line 1.
-        example (`str`): what stands at the first place.
-        remedy (`str`): what to do.
-    """
-
-    kind: str
-    is_error: bool
-    count: int
-    places: tuple[str, ...]
-    example: str
-    remedy: str
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """What [`check_csv`] found.
-
-    Args:
-        problems (`list[Problem]`): one a kind, errors first.
-        num_rows (`int`): rows of the file behind its header, without blank lines.
-        num_pairs (`int`): pairs of a question and an answer.
-        num_images (`int`): distinct images that they are about.
-    """
-
-    problems: list[Problem]
-    num_rows: int
-    num_pairs: int
-    num_images: int
-
-    @property
-    def num_errors(self) -> int:
-        """How many places have to be mended."""
-        return sum(problem.count for problem in self.problems if problem.is_error)
+# Split and index.
+Image = tuple[str, int]
 
 
 def check_csv(
@@ -64,35 +32,64 @@ def check_csv(
     images: str | None = None,
     image_split: str | None = None,
     eval_csv: str | Path | None = None,
+    max_characters: int = 1000,
+    max_places: int = 50,
 ) -> CheckReport:
-    """Check a CSV of questions and answers.
+    """Find every problem of a CSV of questions and answers, in one pass and in little memory.
+
+    Whatever [`read_qa_csv`] refuses is an error here, and so is what makes a sound file untrue: failures and damaged
+    text as answers, answers that contradict the class of their image, images that are in the evaluation too. What may
+    be meant so is a warning. The kinds and what to do about each are in `KINDS`.
 
     Args:
-        path (`str` or `Path`): the CSV, see [`read_qa_csv`].
-        images (`str`, *optional*): where the images are, see [`load_images`].
+        path (`str` or `Path`): the CSV, in the columns of [`read_qa_csv`].
+        images (`str`, *optional*):
+            Where the images are, see [`load_images`]. With them answers to what the object is and the column
+            `Class_Label` are compared with their labels, and near-duplicate images of training and evaluation are
+            found. Without them answers are compared with `Class_Label` where the file has it, and `Dataset_Index`
+            counts in CIFAR-10, which has 50,000 train and 10,000 test images.
         image_split (`str`, *optional*): `"train"` or `"test"`, for a CSV without the column `Split`.
-        eval_csv (`str` or `Path`, *optional*): the CSV that the model will be evaluated on.
+        eval_csv (`str` or `Path`, *optional*):
+            The CSV of the evaluation, of which nothing but the images is read. Without it, near duplicates are looked
+            for between the train and the test images of a file that has both.
+        max_characters (`int`, *optional*, defaults to 1000): a longer question or answer is a warning.
+        max_places (`int`, *optional*, defaults to 50): how many places of each kind the report names.
 
     Raises:
-        UserError: if a file or the images cannot be read at all.
+        UserError: if a file or the images cannot be read, or an option has a value that it cannot have.
     """
-    rows, num_empty, _ = read_pairs(Path(path), image_split, "error")
-    empty = Problem("empty pair", False, num_empty, (), "", "Fill both cells, or leave both empty on purpose.")
-    return CheckReport(
-        [empty] if num_empty else [],
-        rows["line"].nunique(),
-        len(rows),
-        len(rows[["split", "dataset_index"]].drop_duplicates()),
-    )
+    if image_split is not None and image_split not in IMAGE_SPLITS:
+        raise UserError(f"--image-split {image_split}: it has to be train or test.")
+    path, image_sets, findings, repetitions = Path(path), ImageSets(images), Findings(max_places), Repetitions()
+    check_header(path, image_split, findings)
+    num_rows = num_pairs = 0
+    lines: dict[Image, int] = {}  # image -> the first line that asks about it
+    for table in read_tables(path, _COLUMNS, findings.add):
+        table = locate_images(table, image_sets, image_split, findings)
+        rows = _pairs_of(table)
+        usable = check_texts(rows, max_characters, findings)
+        check_answers(usable, findings)
+        repetitions.add(usable)
+        num_rows += len(table)
+        num_pairs += int(((rows["question"] != "") & (rows["answer"] != "")).sum())
+        _note_lines(lines, usable)
+    repetitions.report(path, findings)
+    if num_pairs == 0:
+        findings.add("no pairs", "line 1", "no row has both a question and an answer")
+    return CheckReport(findings.problems(), num_rows, num_pairs, len(lines))
 
 
-def format_report(report: CheckReport) -> str:
-    """The report as text, one block a kind."""
-    lines = [f"{report.num_rows} rows, {report.num_pairs} pairs, {report.num_images} images"]
-    for problem in report.problems:
-        level = "error" if problem.is_error else "warning"
-        lines.append(f"{level}: {problem.kind}: {problem.count}. {problem.remedy}")
-    return "\n".join(lines) + "\n"
+def _note_lines(lines: dict[Image, int], rows: pd.DataFrame) -> None:
+    known = rows[(rows["dataset_index"] >= 0) & (rows["split"] != "")]
+    for line, split, index in known[["line", "split", "dataset_index"]].itertuples(index=False, name=None):
+        lines.setdefault((split, index), line)
+
+
+def _pairs_of(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a pair, as `QaTable.rows` with `class_name`, of the pairs for which both columns are there."""
+    rows = one_row_a_pair(table, table["line"].tolist())
+    rows["class_name"] = table["class_name"].repeat(len(PAIRS)).to_numpy()
+    return rows[rows["pair"].isin([pair for pair in PAIRS if f"Q{pair}" in table and f"A{pair}" in table])]
 
 
 @dataclass
@@ -101,9 +98,20 @@ class DataCheckArguments:
 
     _argument_group_name = "data check"
 
-    images: str | None = HfArg(help="Images, to compare answers with CIFAR's labels.", default=None)
-    image_split: str | None = HfArg(help="train or test, for a CSV without the column Split.", default=None)
-    eval_csv: str | None = HfArg(help="CSV of the evaluation: no image may be in both.", default=None)
+    images: str | None = HfArg(
+        help="Images, to compare answers with their labels: a Hub id, a folder in the same schema, torchvision's "
+        "download folder, or 'synthetic'.",
+        default=None,
+    )
+    image_split: Literal["train", "test"] | None = HfArg(
+        help="Split that Dataset_Index counts in, for a CSV without the column Split.", default=None
+    )
+    eval_csv: str | None = HfArg(
+        help="CSV of the evaluation: images that are in both are found, with --images also near duplicates.",
+        default=None,
+    )
+    max_characters: int = HfArg(help="A longer question or answer is a warning.", default=1000)
+    max_places: int = HfArg(help="How many places of each kind of problem are named.", default=50)
 
 
 def main(argv: list[str]) -> None:
@@ -111,10 +119,11 @@ def main(argv: list[str]) -> None:
     arguments, path = parse_arguments(
         [DataCheckArguments], argv, "sigphi data check", [("input_csv", None, "the CSV file to check")]
     )
-    report = check_csv(path, arguments.images, arguments.image_split, arguments.eval_csv)
+    report = check_csv(path, **vars(arguments))
     sys.stdout.write(format_report(report))
+    sys.stdout.flush()
     if report.num_errors:
-        raise UserError(f"{path} has {report.num_errors} errors, see above; mend them and check again.")
+        raise UserError(f"{path}: {report.num_errors} errors, named above with what to do; warnings may stay.")
 
 
 __all__ = ["CheckReport", "DataCheckArguments", "Problem", "check_csv", "format_report", "main"]

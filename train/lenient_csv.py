@@ -2,10 +2,62 @@
 
 import csv
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
+import pandas as pd
+
 from sigphi.train.errors import UserError
+
+_ROWS_A_TABLE = 10_000
+
+
+def read_header(path: Path) -> list[str]:
+    """The names in the first line of a CSV, without white space around them, none where it is blank or no CSV.
+
+    Raises:
+        UserError: if the file cannot be opened or read.
+    """
+    line, names = next(iterate_rows(path, lambda kind, line, example: None), (1, []))
+    return names if line == 1 else []
+
+
+def read_tables(path: Path, columns: Sequence[str], report: Callable[[str, str, str], None]) -> Iterator[pd.DataFrame]:
+    """The rows of a CSV, some thousands at a time, without those that are no CSV or have too few or too many cells.
+
+    Args:
+        path (`Path`): the file; without a header in line 1 it has no rows.
+        columns (`Sequence[str]`): the columns to read, as far as they are there; of two of a name the first.
+        report (`Callable`): gets kind, place and an example of each problem, see `KINDS`.
+
+    Yields:
+        `pandas.DataFrame`: a row for each row of the file that is not blank, with `line` (int, where the row starts,
+        the header is 1) and the `columns` as str, without white space around them.
+
+    Raises:
+        UserError: if the file cannot be opened or read.
+    """
+    header = read_header(path)
+    rows = iterate_rows(path, lambda kind, line, example: report(kind, f"line {line}", example))
+    next(rows, None)
+    if not header:
+        return
+    positions = {name: header.index(name) for name in columns if name in header}
+    sound = _full_rows(rows, len(header), report)
+    while chunk := list(islice(sound, _ROWS_A_TABLE)):
+        table = {name: [cells[position] for _, cells in chunk] for name, position in positions.items()}
+        yield pd.DataFrame({"line": [line for line, _ in chunk]} | table)
+
+
+def _full_rows(
+    rows: Iterator[tuple[int, list[str]]], num_columns: int, report: Callable[[str, str, str], None]
+) -> Iterator[tuple[int, list[str]]]:
+    for line, cells in rows:
+        if cells and len(cells) != num_columns:
+            report("malformed row", f"line {line}", f"{len(cells)} cells, but the header has {num_columns}")
+        elif cells:
+            yield line, cells
 
 
 def iterate_rows(path: Path, report: Callable[[str, int, str], None]) -> Iterator[tuple[int, list[str]]]:
@@ -82,4 +134,4 @@ def _rows(lines: _Lines, report: Callable[[str, int, str], None]) -> Iterator[tu
         yield line, [cell.strip() for cell in row]
 
 
-__all__ = ["iterate_rows"]
+__all__ = ["iterate_rows", "read_header", "read_tables"]
