@@ -15,6 +15,7 @@ from sigphi.train.collators import (
     random_shift_and_flip,
     text_key,
 )
+from sigphi.train.judging import SAYS_NOTHING
 
 # Pair masks ----------------------------------------------------------------------------------------------------------
 
@@ -83,6 +84,18 @@ def test_a_fact_in_other_words_is_a_positive_and_an_unknown_attribute_is_ignored
         [1, 1, 1, 0, 0],
         [1, 1, 1, 1, 0],
     ]
+
+
+def test_what_says_nothing_of_an_image_is_ignored_for_every_image():
+    rows = [
+        {"texts": ["I cannot tell.", "It is a cat."], "facts": [SAYS_NOTHING, "object=cat"]},
+        {"texts": ["It is a dog.", "I cannot tell."], "facts": ["object=dog", SAYS_NOTHING]},
+        {"texts": ["A nice picture."], "facts": [""]},
+    ]
+    facts = {"i cannot tell.": SAYS_NOTHING, "it is a cat.": "object=cat", "a nice picture.": ""}
+    positives, ignored = pair_masks(rows, facts)
+    assert positives.int().tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 1]]
+    assert ignored.int().tolist() == [[1, 0, 0], [1, 0, 0], [1, 1, 0]]
 
 
 # Encoder -------------------------------------------------------------------------------------------------------------

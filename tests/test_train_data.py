@@ -1,21 +1,16 @@
 import csv
 import logging
-import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
-import numpy as np
-import pandas as pd
 import pytest
 
 from sigphi.train.data import QA_FEATURES, data_facts, distinct_images, held_out, load_cifar10_qa, main
 from sigphi.train.data_build import build_csv
 from sigphi.train.errors import UserError
-from sigphi.train.facts import CLASS_NAMES, image_facts
-from sigphi.train.images import decode_images, load_images
-from sigphi.train.judging import is_correct
+from sigphi.train.images import load_images
 from sigphi.train.qa_csv import read_qa_csv
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -312,84 +307,7 @@ def test_data_facts_count_and_tell_data_apart(built: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Making one
-
-
-def test_a_built_csv_is_in_the_contract_and_true_to_its_images(built: Path) -> None:
-    columns = pd.read_csv(built, nrows=0).columns.tolist()
-    assert columns == [
-        *("Dataset_Index", "Split", "Class_Label"),
-        *(f"{letter}{pair}" for pair in range(1, 6) for letter in "QATS"),
-    ]
-    dataset = load_cifar10_qa(built, "synthetic:200", eval_fraction=0)["train"]
-    for joined in dataset.select(range(100)):
-        facts = image_facts(np.asarray(joined["image"]), joined["label"])
-        if joined["question_type"] in ("dominant_color", "background_color", "brightness", "object"):
-            fact = {"object": facts.object_name} | {
-                name: str(getattr(facts, name)) for name in ("dominant_color", "background_color", "brightness")
-            }
-            assert joined["short_answer"] == fact[joined["question_type"]]
-        if joined["question_type"] == "description":
-            assert joined["short_answer"] == ""
-        else:
-            assert is_correct(joined["answer"], joined["short_answer"], joined["question_type"])
-
-
-def test_questions_of_an_image_depend_on_the_seed_only(tmp_path: Path, built: Path) -> None:
-    def lines(**options: Any) -> list[str]:
-        build_csv(tmp_path / "qa.csv", "synthetic:200", "train", **options)
-        return (tmp_path / "qa.csv").read_text(encoding="utf-8").split("\n")
-
-    whole = built.read_text(encoding="utf-8").split("\n")
-    assert lines() == whole
-    assert lines(num_images=50)[:51] == whole[:51]
-    assert lines(num_images=50, seed=1)[1:51] != whole[1:51]
-
-
-def test_fewer_questions_leave_the_other_pairs_empty(tmp_path: Path) -> None:
-    build_csv(tmp_path / "qa.csv", SYNTHETIC, "train", questions_per_image=2)
-    table = read_qa_csv(tmp_path / "qa.csv", None, SIZES)
-    assert (len(table.rows), table.num_empty) == (40, 60)
-    assert table.rows.groupby("line")["question_type"].agg(lambda types: "object" in set(types)).all()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_images": 0}, "--num-images 0: synthetic:20, split train, has 1 to 20 to give"),
-        ({"num_images": 21}, "--num-images 21"),
-        ({"questions_per_image": 6}, "`questions_per_image` is 6; a row holds 1 to 5 questions"),
-        ({"split": "val"}, "have no split 'val'"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        build_csv(tmp_path / "qa.csv", SYNTHETIC, **{"split": "train"} | options)
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_csv_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = tmp_path / "qa.csv"
-    output.write_text("old")
-
-    def full_disk(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(UserError, match="--output .*qa.csv cannot be written: No space left on device"):
-        build_csv(output, SYNTHETIC, "train")
-    assert output.read_text() == "old" and os.listdir(tmp_path) == ["qa.csv"]
-    with pytest.raises(UserError, match="there is no folder .*none; create it first"):
-        build_csv(tmp_path / "none" / "qa.csv", SYNTHETIC, "train")
-
-
-def test_the_command_builds_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = str(tmp_path / "qa.csv")
-    main(["build", "--images", "synthetic:30", "--image-split", "train", "--output", output, "--num-images", "12"])
-    table = pd.read_csv(output)
-    assert table["Dataset_Index"].tolist() == list(range(12))
-    assert table["Class_Label"].tolist() == [CLASS_NAMES[i] for i in load_images("synthetic:12", "train")["label"]]
-    assert capsys.readouterr().out == f"{output}: written\n"
+# The command
 
 
 @pytest.mark.parametrize(
@@ -411,15 +329,4 @@ def test_help_names_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    assert "\nbuild  make a CSV" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no CIFAR-10 at {SHARED}")
-def test_a_csv_over_local_cifar10(tmp_path: Path) -> None:
-    build_csv(tmp_path / "qa.csv", str(SHARED / "cifar10"), "test", num_images=100)
-    dataset = load_cifar10_qa(tmp_path / "qa.csv", str(SHARED / "cifar10"))
-    assert len(dataset["train"]) + len(dataset["eval"]) == 500
-    images, _ = distinct_images(dataset["train"])
-    assert decode_images(images, range(len(images))).shape == (len(images), 3, 32, 32)
-    first = dataset["train"][0]
-    assert (first["dataset_index"], CLASS_NAMES[first["label"]]) == (0, "cat")
+    assert re.search("\nbuild +make a CSV", capsys.readouterr().out)

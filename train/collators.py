@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
 from sigphi.processing.processing_sigphi import SigPhiProcessor
+from sigphi.train.judging import SAYS_NOTHING
 
 IGNORE_INDEX = -100
 
@@ -21,7 +22,8 @@ class SiglipCollator:
     Texts that are equal after stripping and lower-casing are one text of the batch: it is encoded once, and it is a
     positive of every image that has it. A text that states a fact (`"object=deer"`) is a positive of every image of
     which this fact is known, in whatever words; where nothing is known of the attribute (`"object"`), the pair is
-    ignored. Otherwise the loss would push an image away from what is true of it.
+    ignored. Otherwise the loss would push an image away from what is true of it. A text that says nothing of an image
+    (a refusal) is ignored for every image, its own too.
 
     Args:
         processor (`SiglipResNetProcessor`): prepares both modalities.
@@ -91,9 +93,11 @@ def pair_masks(rows: Sequence[dict[str, Any]], facts: dict[str, str]) -> tuple[t
     ignored = torch.zeros_like(positives)
     for position, row in enumerate(rows):
         own = {text_key(text) for text in row["texts"]}
-        known = {fact for fact in row["facts"] if fact}
+        known = {fact for fact in row["facts"] if fact not in ("", SAYS_NOTHING)}
         attributes = {fact.partition("=")[0] for fact in known}
-        positives[position] = torch.tensor([key in own or fact in known for key, fact in facts.items()])
+        positives[position] = torch.tensor(
+            [fact != SAYS_NOTHING and (key in own or fact in known) for key, fact in facts.items()]
+        )
         unknown = [fact != "" and fact.partition("=")[0] not in attributes for fact in facts.values()]
         ignored[position] = torch.tensor(unknown) & ~positives[position]
     return positives, ignored

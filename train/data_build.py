@@ -34,12 +34,13 @@ def build_csv(
     num_images: int | None = None,
     seed: int = 0,
     questions_per_image: int = 5,
+    phrasing: Literal["train", "held-out"] = "train",
 ) -> None:
     """Write a CSV of questions and answers that follow from labels and pixels, see [`make_questions`].
 
     It has one row an image, with the columns `Dataset_Index`, `Split`, `Class_Label` and, for each of five pairs,
     question `Q`, answer `A`, type `T` and short answer `S`. The questions about an image depend on nothing but seed,
-    split, index and the image. The file appears whole or not at all.
+    phrasing, split, index and the image. The file appears whole or not at all.
 
     Args:
         output (`str` or `Path`): the file to write; one that exists is replaced.
@@ -48,6 +49,8 @@ def build_csv(
         num_images (`int`, *optional*): only the first so many images.
         seed (`int`, *optional*, defaults to 0): of the draw of questions.
         questions_per_image (`int`, *optional*, defaults to 5): 1 to 5.
+        phrasing (`str`, *optional*, defaults to `"train"`): `"train"`, or `"held-out"` for wordings of the questions
+            that are for evaluation only.
 
     Raises:
         UserError: if the images cannot be loaded, the file cannot be written, or a number is out of range.
@@ -63,14 +66,17 @@ def build_csv(
     indices = range(len(image_set) if num_images is None else num_images)
     pixels = decode_images(image_set, indices).permute(0, 2, 3, 1).numpy()  # (num_images, height, width, 3)
     facts = batch_facts(pixels, image_set.select(indices)["label"][:])
-    rows = [_csv_row(index, split, facts[index], seed, questions_per_image) for index in indices]
-    _write_csv(output, rows)
-    logger.info("%s: %d images of %s, split %s.", output, len(rows), images, split)
+    _write_csv(
+        output, [_csv_row(index, split, facts[index], seed, questions_per_image, phrasing) for index in indices]
+    )
+    logger.info("%s: %d images of %s, split %s.", output, len(indices), images, split)
 
 
-def _csv_row(index: int, split: str, facts: ImageFacts, seed: int, count: int) -> list[str | int]:
+def _csv_row(
+    index: int, split: str, facts: ImageFacts, seed: int, count: int, phrasing: Literal["train", "held-out"]
+) -> list[str | int]:
     row: list[str | int] = [index, split, facts.object_name]
-    for asked in make_questions(facts, random.Random(f"{seed}:{split}:{index}"), count):
+    for asked in make_questions(facts, random.Random(f"{seed}:{split}:{index}"), count, phrasing):
         row += [asked.question, asked.answer, asked.question_type, asked.short_answer]
     return row + [""] * (4 * (len(PAIRS) - count))
 
@@ -103,12 +109,23 @@ class DataBuildArguments:
     image_split: Literal["train", "test"] = HfArg(help="Split of the images.", default="train")
     num_images: int | None = HfArg(help="Only the first so many images of the split; without it all.", default=None)
     seed: int = HfArg(help="Seed of the draw of questions.", default=0)
+    phrasing: Literal["train", "held-out"] = HfArg(
+        help="Wordings of the questions: those for training, or others for evaluation, which no training should see.",
+        default="train",
+    )
 
 
 def main(argv: list[str]) -> None:
     """`sigphi data build`."""
     (arguments,) = parse_arguments([DataBuildArguments], argv, "sigphi data build")
-    build_csv(arguments.output, arguments.images, arguments.image_split, arguments.num_images, arguments.seed)
+    build_csv(
+        arguments.output,
+        arguments.images,
+        arguments.image_split,
+        arguments.num_images,
+        arguments.seed,
+        phrasing=arguments.phrasing,
+    )
     sys.stdout.write(f"{arguments.output}: written\n")
 
 

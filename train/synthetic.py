@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sigphi.train.facts import CLASS_NAMES, COLOR_SHADES
+from sigphi.train.facts import CLASS_NAMES
 
 IMAGE_FEATURES = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASS_NAMES))})
 
@@ -188,8 +188,23 @@ def _mask(shape: list[_Part], place: Callable[[np.ndarray], np.ndarray]) -> np.n
     return np.asarray(canvas.reduce(_SUPERSAMPLING), dtype=np.float32) / 255
 
 
-# The first shade of each color, the one that its name brings to mind.
-_COLORS = np.array([list(bytes.fromhex(shades[0])) for shades in COLOR_SHADES.values()], dtype=np.float32)
+# Colors to draw with, as RGB. They are no part of the rules by which colors are named, which are tested on them.
+_COLORS = np.array(
+    [
+        (0, 0, 0),
+        (255, 255, 255),
+        (146, 149, 145),  # gray
+        (229, 0, 0),  # red
+        (249, 115, 6),  # orange
+        (255, 255, 20),  # yellow
+        (21, 176, 26),  # green
+        (3, 67, 223),  # blue
+        (126, 30, 156),  # purple
+        (101, 55, 0),  # brown
+        (255, 129, 192),  # pink
+    ],
+    dtype=np.float32,
+)
 _CONTRAST = ((_COLORS[:, None] - _COLORS[None]) ** 2).sum(axis=-1)  # (num_colors, num_colors)
 _COLOR_PAIRS = np.argwhere(_CONTRAST >= _MIN_CONTRAST)  # (num_pairs, 2), each pair in both orders
 
