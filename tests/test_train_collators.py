@@ -26,8 +26,8 @@ def naive_pair_masks(rows: list[dict], facts: dict[str, str]) -> tuple[list[list
         positive_row, ignored_row = [], []
         for key, fact in facts.items():
             has_text = any(text.strip().lower() == key for text in row["texts"])
-            states_it = any(own == fact for own in row["facts"] if own != "")
-            knows = any(own.split("=")[0] == fact.split("=")[0] for own in row["facts"] if own != "")
+            states_it = any(own == fact for own in row["known"])
+            knows = any(own.split("=")[0] == fact.split("=")[0] for own in row["known"])
             positive_row.append(has_text or states_it)
             ignored_row.append(fact != "" and not knows and not (has_text or states_it))
         positives.append(positive_row)
@@ -43,7 +43,8 @@ def random_rows(rng: random.Random, num_rows: int) -> tuple[list[dict], dict[str
     rows, facts = [], {}
     for _ in range(num_rows):
         chosen = rng.sample(statements, rng.randint(1, 4))
-        rows.append({"texts": [text for text, _ in chosen], "facts": [fact for _, fact in chosen]})
+        known = {fact for _, fact in chosen if fact} | set(rng.sample(["color=red", "size=big"], rng.randint(0, 2)))
+        rows.append({"texts": [text for text, _ in chosen], "known": sorted(known)})
         for text, fact in chosen:
             facts.setdefault(text_key(text), fact)
     return rows, facts
@@ -61,13 +62,13 @@ def test_pair_masks_equal_the_naive_ones(seed):
 
 def test_a_fact_in_other_words_is_a_positive_and_an_unknown_attribute_is_ignored():
     rows = [
-        {"texts": ["It is a cat."], "facts": ["object=cat"]},
-        {"texts": ["A cat is here."], "facts": ["object=cat"]},
-        {"texts": ["It is a dog."], "facts": ["object=dog"]},
-        {"texts": ["The color is red."], "facts": ["color=red"]},
-        {"texts": ["A nice picture."], "facts": [""]},
+        {"texts": ["It is a cat."], "known": ["object=cat"]},
+        {"texts": ["A cat is here."], "known": ["object=cat"]},
+        {"texts": ["It is a dog."], "known": ["object=dog"]},
+        {"texts": ["The color is red."], "known": ["color=red"]},
+        {"texts": ["A nice picture."], "known": []},
     ]
-    facts = {text_key(row["texts"][0]): row["facts"][0] for row in rows}
+    facts = {text_key(row["texts"][0]): "".join(row["known"]) for row in rows}
     positives, ignored = pair_masks(rows, facts)
     assert positives.int().tolist() == [
         [1, 1, 0, 0, 0],
@@ -86,11 +87,23 @@ def test_a_fact_in_other_words_is_a_positive_and_an_unknown_attribute_is_ignored
     ]
 
 
+def test_a_fact_that_no_text_of_the_image_states_counts_too():
+    rows = [
+        {"texts": ["A nice picture of a cat."], "known": ["object=cat", "color=red"]},
+        {"texts": ["It is blue."], "known": ["color=blue"]},
+        {"texts": ["It is red."], "known": ["color=red"]},
+    ]
+    facts = {"a nice picture of a cat.": "", "it is blue.": "color=blue", "it is red.": "color=red"}
+    positives, ignored = pair_masks(rows, facts)
+    assert positives.int().tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 1]]
+    assert not ignored.any()
+
+
 def test_what_says_nothing_of_an_image_is_ignored_for_every_image():
     rows = [
-        {"texts": ["I cannot tell.", "It is a cat."], "facts": [SAYS_NOTHING, "object=cat"]},
-        {"texts": ["It is a dog.", "I cannot tell."], "facts": ["object=dog", SAYS_NOTHING]},
-        {"texts": ["A nice picture."], "facts": [""]},
+        {"texts": ["I cannot tell.", "It is a cat."], "known": ["object=cat"]},
+        {"texts": ["It is a dog.", "I cannot tell."], "known": ["object=dog"]},
+        {"texts": ["A nice picture."], "known": []},
     ]
     facts = {"i cannot tell.": SAYS_NOTHING, "it is a cat.": "object=cat", "a nice picture.": ""}
     positives, ignored = pair_masks(rows, facts)
@@ -104,8 +117,8 @@ def test_what_says_nothing_of_an_image_is_ignored_for_every_image():
 def test_equal_texts_are_one_column_and_keep_the_first_spelling(tiny_encoder_processor):
     images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     rows = [
-        {"image_index": 2, "texts": ["A cat.", "A dog."], "facts": ["", ""]},
-        {"image_index": 0, "texts": [" a CAT. "], "facts": [""]},
+        {"image_index": 2, "texts": ["A cat.", "A dog."], "facts": ["", ""], "known": []},
+        {"image_index": 0, "texts": [" a CAT. "], "facts": [""], "known": []},
     ]
     batch = SiglipCollator(tiny_encoder_processor, images)(rows)
     assert batch["positives"].tolist() == [[True, True], [True, False]]
@@ -118,7 +131,7 @@ def test_equal_texts_are_one_column_and_keep_the_first_spelling(tiny_encoder_pro
 
 def test_long_texts_are_cut(tiny_encoder_processor):
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    rows = [{"image_index": 0, "texts": ["a frog in a forest " * 20], "facts": [""]}]
+    rows = [{"image_index": 0, "texts": ["a frog in a forest " * 20], "facts": [""], "known": []}]
     batch = SiglipCollator(tiny_encoder_processor, images, max_text_length=7)(rows)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (1, 7)
 
@@ -132,7 +145,7 @@ def test_cached_features_take_the_place_of_token_ids(tiny_encoder_processor):
         text_features=features,
         text_rows={"a cat.": 2, "a dog.": 0, "a ship.": 1},
     )
-    batch = collator([{"image_index": 0, "texts": ["A cat.", " A ship."], "facts": ["", ""]}])
+    batch = collator([{"image_index": 0, "texts": ["A cat.", " A ship."], "facts": ["", ""], "known": []}])
     assert "input_ids" not in batch
     assert torch.equal(batch["text_features"], features[[2, 1]])
 

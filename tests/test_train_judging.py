@@ -12,6 +12,7 @@ from sigphi.train.judging import (
     competing_values,
     is_correct,
     is_refusal,
+    known_facts,
     named_classes,
     parse_facts,
     stated_fact,
@@ -384,3 +385,11 @@ def test_one_question_of_the_sample_asks_for_the_object() -> None:
     table = pd.read_csv(SAMPLE_CSV, dtype=str, keep_default_na=False)
     asked = {question for pair in range(1, 6) for question in table[f"Q{pair}"] if asks_for_object(question)}
     assert asked == {"What is the main object in this image?"}
+
+
+def test_what_is_known_by_an_answer_is_its_fact_or_all_facts_of_a_description() -> None:
+    assert known_facts("It is a kitten.", "object", "cat") == {"object=cat"}
+    assert known_facts("I cannot tell.", "refusal", "cannot tell") == set()
+    assert known_facts("A free sentence.", "", "") == set()
+    description = known_facts("A cat.", "description", "object=cat; brightness=dark")
+    assert description == {"object=cat", "brightness=dark"}

@@ -402,8 +402,13 @@ def test_features_beyond_the_limit_are_not_cached(monkeypatch, tiny_vlm, tiny_vl
 
 def encoder_rows() -> list[dict[str, Any]]:
     return [
-        {"image_index": 0, "texts": ["A small frog.", "It is green."], "facts": ["object=frog", ""]},
-        {"image_index": 1, "texts": ["The dog is brown."], "facts": ["object=dog"]},
+        {
+            "image_index": 0,
+            "texts": ["A small frog.", "It is green."],
+            "facts": ["object=frog", ""],
+            "known": ["object=frog"],
+        },
+        {"image_index": 1, "texts": ["The dog is brown."], "facts": ["object=dog"], "known": ["object=dog"]},
     ]
 
 
@@ -461,6 +466,9 @@ def test_one_row_an_image_with_all_its_answers(data):
         answers.setdefault(index, []).append(answer)
     assert rows["texts"][:] == list(answers.values())
     assert all(len(row["texts"]) == len(row["facts"]) for row in rows)
+    class_names = data["train"].features["label"].names
+    assert all(f"object={class_names[row['label']]}" in row["known"] for row in rows)
+    assert max(len(row["known"]) for row in rows) >= 8  # a description knows more than five answers do
     first = data["train"][0]["image"]
     assert torch.equal(pixels[0].permute(1, 2, 0), torch.from_numpy(np.array(first)))
 

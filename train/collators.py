@@ -43,8 +43,8 @@ class SiglipCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """
         Args:
-            rows: with `image_index` (`int`), `texts` (`list[str]`) and `facts` (`list[str]`: what each text states, or
-                an empty string).
+            rows: with `image_index` (`int`), `texts` (`list[str]`), `facts` (`list[str]`: what each text states, see
+                [`stated_fact`]) and `known` (`list[str]`: all facts that are known of the image).
 
         Returns:
             `dict`: `pixel_values` `(images, 3, height, width)`; `input_ids` and `attention_mask` `(texts, length)`, or
@@ -83,7 +83,7 @@ def pair_masks(rows: Sequence[dict[str, Any]], facts: dict[str, str]) -> tuple[t
     Which texts of a batch are positives of which images, and which pairs are unknown.
 
     Args:
-        rows: with `texts` and `facts`.
+        rows: with `texts` and `known`.
         facts (`dict[str, str]`): for each distinct text of the batch, by [`text_key`], what it states.
 
     Returns:
@@ -93,7 +93,7 @@ def pair_masks(rows: Sequence[dict[str, Any]], facts: dict[str, str]) -> tuple[t
     ignored = torch.zeros_like(positives)
     for position, row in enumerate(rows):
         own = {text_key(text) for text in row["texts"]}
-        known = {fact for fact in row["facts"] if fact not in ("", SAYS_NOTHING)}
+        known = set(row["known"])
         attributes = {fact.partition("=")[0] for fact in known}
         positives[position] = torch.tensor(
             [fact != SAYS_NOTHING and (key in own or fact in known) for key, fact in facts.items()]

@@ -359,6 +359,13 @@ def stated_fact(answer: str, question_type: str, short_answer: str) -> str:
     return f"{question_type}={short_answer}" if question_type in _PLAIN_TYPES else ""
 
 
+def known_facts(answer: str, question_type: str, short_answer: str) -> set[str]:
+    """What a typed answer tells of its image: its [`stated_fact`], or all facts of a description."""
+    if question_type == "description":
+        return {f"{attribute}={value}" for attribute, value in parse_facts(short_answer).items()}
+    return {stated_fact(answer, question_type, short_answer)} - {"", SAYS_NOTHING}
+
+
 def asks_for_object(question: str) -> bool:
     """Whether a question asks what the object is, judged by the whole wording of its last sentence.
 
@@ -377,6 +384,7 @@ __all__ = [
     "competing_values",
     "is_correct",
     "is_refusal",
+    "known_facts",
     "named_classes",
     "parse_facts",
     "stated_fact",

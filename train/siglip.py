@@ -27,7 +27,7 @@ from sigphi.train.encoder_evaluation import class_embeddings, embed_images, pool
 from sigphi.train.errors import run_command
 from sigphi.train.evaluation import evaluate_folder, results_table
 from sigphi.train.images import decode_images
-from sigphi.train.judging import stated_fact
+from sigphi.train.judging import known_facts, stated_fact
 from sigphi.train.metrics import top1_accuracy
 from sigphi.train.parser import parse_arguments
 from sigphi.train.records import durable_name, write_training_data
@@ -126,19 +126,21 @@ def image_rows(dataset: datasets.Dataset) -> tuple[datasets.Dataset, torch.Tenso
         dataset (`datasets.Dataset`): a split of [`load_cifar10_qa`].
 
     Returns:
-        `tuple`: a `datasets.Dataset` with `image_index`, `texts`, `facts` (what each text states, or "") and `label`,
-        and a `torch.ByteTensor` of shape `(images, 3, height, width)`.
+        `tuple`: a `datasets.Dataset` with `image_index`, `texts`, `facts` (what each text states), `known` (all that
+        the answers state of the image) and `label`, and a `torch.ByteTensor` of shape `(images, 3, height, width)`.
     """
     images, positions = distinct_images(dataset)
-    texts, facts = defaultdict(list), defaultdict(list)
+    texts, facts, known = defaultdict(list), defaultdict(list), defaultdict(set)
     columns = (positions, dataset["answer"], dataset["question_type"], dataset["short_answer"])
     for position, answer, question_type, short_answer in zip(*columns, strict=True):
         texts[position].append(answer)
         facts[position].append(stated_fact(answer, question_type, short_answer))
+        known[position] |= known_facts(answer, question_type, short_answer)
     rows = {
         "image_index": range(len(images)),
         "texts": [texts[position] for position in range(len(images))],
         "facts": [facts[position] for position in range(len(images))],
+        "known": [sorted(known[position]) for position in range(len(images))],
         "label": images["label"],
     }
     return datasets.Dataset.from_dict(rows), decode_images(images, range(len(images)))
