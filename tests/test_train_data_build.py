@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from sigphi.train.base_lm import train_tokenizer
 from sigphi.train.data import distinct_images, load_cifar10_qa, main
 from sigphi.train.data_build import build_csv
 from sigphi.train.errors import UserError
@@ -115,6 +116,19 @@ def test_the_command_builds_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert table["Dataset_Index"].tolist() == list(range(12))
     assert table["Class_Label"].tolist() == [CLASS_NAMES[i] for i in load_images("synthetic:12", "train")["label"]]
     assert capsys.readouterr().out == f"{output}: written\n"
+
+
+def test_a_tokenizer_of_the_training_texts_reads_held_out_questions_as_well(tmp_path: Path, built: Path) -> None:
+    build_csv(tmp_path / "qa.csv", "synthetic:200", "train", phrasing="held-out")
+    asked = [
+        [text for pair in range(1, 6) for text in pd.read_csv(path)[f"Q{pair}"]]
+        for path in (built, tmp_path / "qa.csv")
+    ]
+    tokenizer = train_tokenizer(asked[0], 1024)
+    tokens_per_word = [
+        sum(map(len, tokenizer(texts)["input_ids"])) / sum(len(text.split()) for text in texts) for texts in asked
+    ]
+    assert tokens_per_word[1] < 1.1 * tokens_per_word[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,10 @@
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from sigphi.train import synthetic
 from sigphi.train.facts import (
     CARRYING_PEOPLE,
     CLASS_NAMES,
@@ -191,3 +195,10 @@ def test_levels_and_brighter_parts_as_a_naive_twin_has_them() -> None:
         assert facts.vividness == ["dull", "moderate", "vivid"][int(chroma >= 22) + int(chroma >= 38)]
         assert facts.brighter_half == ("" if abs(half) < 10 else "top" if half > 0 else "bottom")
         assert facts.brighter_area == ("" if abs(area) < 10 else "center" if area > 0 else "border")
+
+
+def test_the_pictures_drawn_in_code_share_nothing_with_the_rules_but_the_names_of_the_classes() -> None:
+    source = Path(synthetic.__file__).read_text(encoding="utf-8")
+    assert re.findall(r"^(?:from|import) sigphi.*", source, re.MULTILINE) == [
+        "from sigphi.train.facts import CLASS_NAMES"
+    ]

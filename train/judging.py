@@ -146,23 +146,22 @@ def is_correct(answer: str, short_answer: str, question_type: str) -> bool:
     return f" {' '.join(wanted)} " in f" {' '.join(words)} "
 
 
-_CANNOT = (
-    "(?:cannot|can not|can t|could not|couldn t|unable to|impossible to|not possible to|not able to|hard to|no way to)"
-)
+_IMPOSSIBLE = "(?:unable to|impossible to|not possible to|hard to|no way to)"
+_CANNOT = f"(?:cannot|can not|can t|could not|couldn t|not able to|{_IMPOSSIBLE})"
 _LEARN = "(?:tell|say|know|determine|answer|identify|recogni[sz]e|judge|infer|decide|guess|find out|make out)"
 _LEARNT = "(?:told|said|known|determined|answered|identified|recogni[sz]ed|judged|inferred|decided|guessed|made out)"
+_DOES_NOT = "(?:do not|don t|does not|doesn t|did not|didn t)"
 _IMAGE = "(?:image|picture|photo|photograph)"
-# What is said of the asker's power to know, whatever comes first.
+# What is said of the power to know, whatever comes first.
 _STRONG_REFUSAL = re.compile(
-    rf"\b(?:{_CANNOT} (?:really |possibly |reliably )?(?:{_LEARN}|be {_LEARNT})"
-    r"|(?:do|does|did) (?:not|n t) (?:know|tell)|don t know|doesn t tell|not known|unknown|unclear|no idea"
-    r"|not enough (?:information|detail|details|pixels)"
+    rf"\b(?:{_CANNOT} (?:really |possibly |reliably )?(?:{_LEARN}|be {_LEARNT})|{_DOES_NOT} (?:know|tell)"
+    r"|unknown|not known|unclear|not clear|not sure|no idea|no information|not enough (?:information|details?|pixels)"
     rf"|{_IMAGE} (?:is |s )?(?:far |much )?too (?:small|blurry|coarse))\b"
 )
 # The same words deny an object after "no": "No, a dog cannot be seen."
 _WEAK_REFUSAL = re.compile(
-    rf"\b(?:{_CANNOT} be (?:seen|read)|(?:i|we|you|one) {_CANNOT} (?:see|read)|{_CANNOT} read"
-    rf"|{_IMAGE} (?:does not|doesn t) (?:show|say|tell|contain|reveal) (?:that|this|it|such|enough|what|who|how)"
+    rf"\b(?:{_CANNOT} be (?:seen|read)|(?:i|we|you|one) {_CANNOT} (?:see|read)|{_IMPOSSIBLE} (?:see|read)"
+    rf"|{_IMAGE} {_DOES_NOT} (?:show|say|contain|reveal) (?:that|this|it|such|enough|what|who|how)"
     r"|(?:is not|are not|isn t|aren t) (?:visible|shown|readable|legible|given))\b"
 )
 
@@ -172,13 +171,15 @@ def is_refusal(answer: str) -> bool:
 
     Recognised are the inability to tell, know, determine, identify ... ("I cannot tell", "It is impossible to say",
     "Unknown", "The picture is too small"), and, unless the answer begins with yes or no, that something cannot be seen
-    or read or is not shown. "No, it cannot swim." and "No, a dog cannot be seen." answer their question.
+    or read or is not shown. "No, it cannot swim." and "No, a dog cannot be seen." answer their question. Of several
+    sentences those that refuse have to hold half of the words: an aside at the end of an answer is no refusal.
     """
-    words = _words(answer.replace("\u2019", "'"))
-    text = " ".join(words)
-    if _STRONG_REFUSAL.search(text):
-        return True
-    return words[:1] not in (["yes"], ["no"]) and _WEAK_REFUSAL.search(text) is not None
+    parts = [_words(part) for part in re.split("[.!?;]", answer)]
+    patterns = [_STRONG_REFUSAL]
+    if _words(answer)[:1] not in (["yes"], ["no"]):
+        patterns.append(_WEAK_REFUSAL)
+    refusing = sum(len(part) for part in parts if any(pattern.search(" ".join(part)) for pattern in patterns))
+    return refusing > 0 and 2 * refusing >= sum(map(len, parts))
 
 
 def parse_facts(short_answer: str) -> dict[str, str]:
@@ -263,7 +264,7 @@ def stated_facts(text: str) -> set[tuple[str, str]]:
 
 
 def _attribute_of(words: list[str], position: int, before: str) -> str:
-    """What the word at `position` is a value of, `""` for nothing; `before` is that of the last value."""
+    """What the word at `position` is a value of, `""` for nothing; `before` is what the sentence spoke of last."""
     word, following = words[position], words[position + 1 : position + 2]
     candidates = [name for name in _VALUE_ATTRIBUTES if word in _WORD_TABLES[name] and word not in _KEYS]
     is_shade = word in _SHADES and following and following[0] in _WORD_TABLES["dominant_color"]
