@@ -19,6 +19,7 @@ def write_card(folder: Path, model_id: str | None = None) -> None:
         model_id (`str`, *optional*): the repository id in the loading code, by default the folder's name.
     """
     config = _read_json(folder / "config.json")
+    results = _read_json(folder / "eval_results.json")
     facts = {
         "model_id": model_id or folder.resolve().name,
         "projection_dim": config.get("projection_dim", 512),
@@ -26,7 +27,9 @@ def write_card(folder: Path, model_id: str | None = None) -> None:
         "image_size": config["vision_config"].get("image_size", 224),
         "text_tower": _text_tower(config),
         "form": _form(config),
-        "results": _results(_read_json(folder / "eval_results.json")),
+        "results": _results(results),
+        "scope": _scope(results),
+        "classes": _classes(_read_json(folder / "confusion_matrix.json"), (folder / "confusion_matrix.png").exists()),
         "training": _training(_read_json(folder / "training_data.json")),
     }
     template = Template((TEMPLATES / f"{config['model_type']}.md").read_text(encoding="utf-8"))
@@ -62,10 +65,43 @@ def _form(config: dict[str, Any]) -> str:
 
 
 def _results(results: dict[str, Any]) -> str:
-    rows = [f"| `{name}` | {value:.4f} |" for name, value in results.items() if isinstance(value, (int, float))]
+    # An encoder's recalls stand in the table of its classes.
+    figures = {name: value for name, value in results.items() if not name.startswith("recall/")}
+    rows = [f"| `{name}` | {value:.4f} |" for name, value in figures.items() if isinstance(value, (int, float))]
     if not rows:
         return "Not evaluated yet: `sigphi evaluate` writes the figures."
     return "\n".join(["| metric | value |", "| --- | --- |", *rows])
+
+
+def _scope(results: dict[str, Any]) -> str:
+    """On which images an encoder was evaluated, and what the classifiers on its embeddings were fitted on."""
+    metadata = results.get("metadata", {})
+    lines = []
+    if "images" in metadata and "image_splits" in metadata:
+        lines.append(f"Over {metadata['images']} images of split {' and '.join(metadata['image_splits'])}.")
+    if "probe" in metadata and "probe_count" in results:
+        lines.append(
+            f"`knn_top1` and `linear_probe_top1` are of classifiers fitted on the embeddings of "
+            f"{results['probe_count']} labelled images of {metadata['probe']}, none of which is evaluated."
+        )
+    if "human_labels" in metadata:
+        lines.append("`human_...` are measured against the labels that people gave to the same images.")
+    if lines:
+        lines.append("`majority/...` and `chance/...` are what is reached without looking.")
+    return "\n".join(lines)
+
+
+def _classes(confusion: dict[str, Any], has_picture: bool) -> str:
+    """How well each class is told from the others; nothing where that was not measured."""
+    if not confusion:
+        return ""
+    lines = ["| class | precision | recall | F1 | images |", "| --- | --- | --- | --- | --- |"]
+    for name, scores in confusion["per_class"].items():
+        shown = ["-" if scores[key] is None else f"{scores[key]:.3f}" for key in ("precision", "recall", "f1")]
+        lines.append(f"| {name} | {' | '.join(shown)} | {scores['support']} |")
+    if has_picture:
+        lines += ["", "![How often each class was taken for which](confusion_matrix.png)"]
+    return "\n".join(["", *lines, ""])
 
 
 def _training(data: dict[str, Any]) -> str:

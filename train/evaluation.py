@@ -22,6 +22,7 @@ from sigphi.train.arguments import QaArguments
 from sigphi.train.checkpoints import check_token_counts, read_config
 from sigphi.train.data import distinct_images, held_out, load_cifar10_qa
 from sigphi.train.encoder_evaluation import evaluate_encoder
+from sigphi.train.encoder_options import EncoderEvaluationArguments, encoder_options
 from sigphi.train.errors import UserError, run_command
 from sigphi.train.parser import parse_arguments
 from sigphi.train.records import EVAL_RESULTS, TRAINING_DATA, environment, write_json
@@ -50,22 +51,30 @@ def load_for_evaluation(name: str) -> tuple[PreTrainedModel, Any]:
     return model.to(device).eval(), processor
 
 
-def evaluate_folder(name: str, dataset: datasets.Dataset, **options: Any) -> dict[str, Any]:
+def evaluate_folder(
+    name: str, dataset: datasets.Dataset, notes: dict[str, Any] | None = None, **options: Any
+) -> dict[str, Any]:
     """
     Load a model as a stranger would, evaluate it, and record the results in its folder and card.
 
     Args:
-        name (`str`): a folder (which gets `eval_results.json` and a new card) or a Hub id.
+        name (`str`): a folder (which gets `eval_results.json`, a new card, and for an encoder its confusion matrix)
+            or a Hub id.
         dataset (`datasets.Dataset`): a split of [`load_cifar10_qa`].
+        notes (`dict`, *optional*): what else the metadata has to hold, such as where the probe images come from.
         options: of [`evaluate_encoder`] or [`evaluate_vlm`].
     """
     model, processor = load_for_evaluation(name)
-    evaluate = evaluate_vlm if model.config.model_type == SigPhiConfig.model_type else evaluate_encoder
+    is_vlm = model.config.model_type == SigPhiConfig.model_type
+    if not is_vlm and Path(name).is_dir():
+        options["output_dir"] = name
+    evaluate = evaluate_vlm if is_vlm else evaluate_encoder
     results: dict[str, Any] = dict(evaluate(model, processor, dataset, **options))
     results["metadata"] = {
         "rows": len(dataset),
         "images": len(set(zip(dataset["split"], dataset["dataset_index"], strict=True))),
         "image_splits": sorted(set(dataset["split"])),
+        **(notes or {}),
         **environment(),
     }
     if Path(name).is_dir():
@@ -131,17 +140,25 @@ def results_table(results: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """`sigphi evaluate MODEL --input-csv FILE`: every metric, to `eval_results.json` and a table."""
-    data, options, model = parse_arguments(
-        [QaArguments, EvaluateArguments], argv, "sigphi evaluate", [("model", None, "a folder or Hub id")]
+    data, options, encoder, model = parse_arguments(
+        [QaArguments, EvaluateArguments, EncoderEvaluationArguments],
+        argv,
+        "sigphi evaluate",
+        [("model", None, "a folder or Hub id")],
     )
     config = read_config(model, "MODEL", SiglipResNetConfig.model_type, SigPhiConfig.model_type)
+    is_encoder = config.model_type == SiglipResNetConfig.model_type
+    if not is_encoder and encoder != EncoderEvaluationArguments():
+        raise UserError(f"--probe-... and --human-labels are for encoders, and {model} is none; leave them out.")
     dataset = load_cifar10_qa(data.input_csv, data.images, data.image_split, 1.0, 0, data.on_faulty_answers)["eval"]
     dataset = only_unseen(dataset, model)
     if options.max_images is not None:
         _, positions = distinct_images(dataset)
         dataset = dataset.select([row for row, position in enumerate(positions) if position < options.max_images])
-    kwargs = {"batch_size": options.batch_size}
-    if config.model_type == SigPhiConfig.model_type:
+    kwargs: dict[str, Any] = {"batch_size": options.batch_size}
+    if is_encoder:
+        kwargs |= encoder_options(encoder, dataset, data.images)
+    else:
         kwargs["max_new_tokens"] = options.max_new_tokens
     sys.stdout.write(results_table(evaluate_folder(model, dataset, **kwargs)))
 

@@ -19,6 +19,7 @@ from sigphi.train import base_lm, siglip, vlm
 from sigphi.train.chat import Conversation, load_vlm
 from sigphi.train.data import distinct_images, load_cifar10_qa
 from sigphi.train.data_build import build_csv
+from sigphi.train.encoder_options import EncoderEvaluationArguments, encoder_options
 from sigphi.train.errors import run_command
 from sigphi.train.evaluation import evaluate_folder
 from sigphi.train.judging import is_correct
@@ -76,7 +77,11 @@ def main(argv: list[str] | None = None) -> None:
             module.main([*recipe, "--output-dir", str(folder / name), *arguments])
     test = load_cifar10_qa(test_csv, IMAGES, eval_fraction=1.0)["eval"]
     with _Timed(seconds, "evaluation"):
-        results = {name: evaluate_folder(str(folder / name), test) for name in ("siglip", "vlm")}
+        compared = encoder_options(EncoderEvaluationArguments(), test, IMAGES)
+        results = {
+            "siglip": evaluate_folder(str(folder / "siglip"), test, **compared),
+            "vlm": evaluate_folder(str(folder / "vlm"), test),
+        }
     answered = ask_some(folder / "vlm", test, count=3)
     answered[0].image.save(folder / "sample.png")
     write_report(folder, results, answered, seconds)

@@ -1,18 +1,24 @@
-"""Pictures and text about a run: loss curves, a grid of answered questions, the quickstart's page."""
+"""Pictures and text about a run: loss curves, a confusion matrix, a grid of answered questions, tables."""
 
+import itertools
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw
 from transformers.utils.import_utils import is_matplotlib_available
 
-from sigphi.train.records import LOG_HISTORY
+from sigphi.train.metrics import per_class_scores
+from sigphi.train.records import LOG_HISTORY, write_json
 
 logger = logging.getLogger(__name__)
+
+CONFUSION_MATRIX = "confusion_matrix.json"
 
 
 def write_loss_curve(log_history: list[dict[str, Any]], folder: Path) -> None:
@@ -38,6 +44,53 @@ def write_loss_curve(log_history: list[dict[str, Any]], folder: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder / "loss_curve.png", dpi=120)
+
+
+def write_confusion_matrix(counts: torch.Tensor, class_names: Sequence[str], folder: Path) -> None:
+    """
+    Write `confusion_matrix.json` and the picture `confusion_matrix.png`.
+
+    The JSON object holds `classes`, `counts` (a row for each true class, a column for each predicted one) and
+    `per_class`: for each class `precision`, `recall`, `f1` and `support`, null where undefined. The picture needs
+    matplotlib; without it one line says so.
+
+    Args:
+        counts (`torch.LongTensor` of shape `(classes, classes)`): see [`confusion_counts`].
+        class_names (`Sequence[str]`): of each class.
+        folder (`Path`): where to write.
+    """
+    columns = {name: values.tolist() for name, values in per_class_scores(counts).items()}
+    per_class = {
+        class_name: {name: None if math.isnan(values[row]) else values[row] for name, values in columns.items()}
+        for row, class_name in enumerate(class_names)
+    }
+    content = {"classes": list(class_names), "counts": counts.tolist(), "per_class": per_class}
+    write_json(folder / CONFUSION_MATRIX, content)
+    picture = folder / "confusion_matrix.png"
+    picture.unlink(missing_ok=True)  # an older one would contradict the numbers
+    if not is_matplotlib_available():
+        logger.warning("matplotlib is not installed, so there is no %s: pip install 'sigphi[eval]'", picture.name)
+        return
+    _draw_confusion(counts, class_names).savefig(picture, dpi=120)
+
+
+def _draw_confusion(counts: torch.Tensor, class_names: Sequence[str]) -> Any:
+    """A matplotlib figure: counts as text, their share of the true class as color."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots()
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    colors = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    for row, column in itertools.product(range(len(class_names)), repeat=2):
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, str(counts[row, column].item()), ha="center", va="center", color=color, fontsize=8)
+    axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
+    axes.set_yticks(range(len(class_names)), class_names)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    figure.colorbar(colors, label="share of the true class")
+    return figure
 
 
 @dataclass
@@ -77,4 +130,4 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
-__all__ = ["Answered", "markdown_table", "picture_grid", "write_loss_curve"]
+__all__ = ["Answered", "markdown_table", "picture_grid", "write_confusion_matrix", "write_loss_curve"]

@@ -24,6 +24,7 @@ from sigphi.train.checkpoints import read_config
 from sigphi.train.collators import SiglipCollator, text_key
 from sigphi.train.data import distinct_images, load_data
 from sigphi.train.encoder_evaluation import class_embeddings, embed_images, pool_texts
+from sigphi.train.encoder_options import EncoderEvaluationArguments, sample_images
 from sigphi.train.errors import run_command
 from sigphi.train.evaluation import evaluate_folder, results_table
 from sigphi.train.images import decode_images
@@ -239,7 +240,9 @@ def main(argv: list[str] | None = None) -> None:
     write_training_data(folder, data["train"], data_arguments)
     write_loss_curve(trainer.state.log_history, folder)
     if "eval" in data:
-        sys.stdout.write(results_table(evaluate_folder(str(folder), data["eval"])))
+        probe = sample_images(distinct_images(data["train"])[0], EncoderEvaluationArguments.probe_size)
+        notes = {"probe": f"{data_arguments.images}, those of training"}
+        sys.stdout.write(results_table(evaluate_folder(str(folder), data["eval"], notes, probe=probe)))
 
 
 __all__ = ["build_encoder", "image_rows", "main"]
