@@ -104,6 +104,8 @@ def _value_of_word(question_type: str) -> dict[str, str]:
 
 
 _WORD_TABLES = {question_type: _value_of_word(question_type) for question_type in QUESTION_TYPES}
+# Word in lower case -> the class that it names: names, plurals and synonyms.
+CLASS_OF_WORD = dict(_WORD_TABLES["object"])
 
 
 def _words(text: str) -> list[str]:
@@ -380,6 +382,7 @@ def asks_for_object(question: str) -> bool:
 
 
 __all__ = [
+    "CLASS_OF_WORD",
     "SAYS_NOTHING",
     "asks_for_object",
     "competing_values",
