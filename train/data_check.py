@@ -15,6 +15,13 @@ from transformers.hf_argparser import HfArg
 
 from sigphi.train.check_report import CheckReport, Findings, Problem, format_report
 from sigphi.train.errors import UserError
+from sigphi.train.leaks import (
+    Lines,
+    lines_of_evaluation,
+    note_lines,
+    report_near_duplicates,
+    report_shared_images,
+)
 from sigphi.train.lenient_csv import read_tables
 from sigphi.train.pair_checks import Repetitions, check_answers, check_texts
 from sigphi.train.parser import parse_arguments
@@ -22,9 +29,6 @@ from sigphi.train.qa_csv import IMAGE_SPLITS, OPTIONAL_COLUMNS, PAIRS, REQUIRED_
 from sigphi.train.row_checks import ImageSets, check_header, locate_images
 
 _COLUMNS = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS, "Class_Label")
-
-# Split and index.
-Image = tuple[str, int]
 
 
 def check_csv(
@@ -63,7 +67,7 @@ def check_csv(
     path, image_sets, findings, repetitions = Path(path), ImageSets(images), Findings(max_places), Repetitions()
     check_header(path, image_split, findings)
     num_rows = num_pairs = 0
-    lines: dict[Image, int] = {}  # image -> the first line that asks about it
+    lines: Lines = {}
     for table in read_tables(path, _COLUMNS, findings.add):
         table = locate_images(table, image_sets, image_split, findings)
         rows = _pairs_of(table)
@@ -72,17 +76,26 @@ def check_csv(
         repetitions.add(usable)
         num_rows += len(table)
         num_pairs += int(((rows["question"] != "") & (rows["answer"] != "")).sum())
-        _note_lines(lines, usable)
+        note_lines(lines, usable)
     repetitions.report(path, findings)
     if num_pairs == 0:
         findings.add("no pairs", "line 1", "no row has both a question and an answer")
+    _check_leaks(lines, image_sets, image_split, eval_csv, findings)
     return CheckReport(findings.problems(), num_rows, num_pairs, len(lines))
 
 
-def _note_lines(lines: dict[Image, int], rows: pd.DataFrame) -> None:
-    known = rows[(rows["dataset_index"] >= 0) & (rows["split"] != "")]
-    for line, split, index in known[["line", "split", "dataset_index"]].itertuples(index=False, name=None):
-        lines.setdefault((split, index), line)
+def _check_leaks(
+    lines: Lines, image_sets: ImageSets, image_split: str | None, eval_csv: str | Path | None, findings: Findings
+) -> None:
+    if eval_csv is not None:
+        tested = lines_of_evaluation(Path(eval_csv), image_sets, image_split)
+        report_shared_images(lines, tested, eval_csv, findings)
+        learned, of_file = lines, f" of {eval_csv}"
+    else:
+        tested = {image: line for image, line in lines.items() if image[0] == "test"}
+        learned, of_file = {image: line for image, line in lines.items() if image[0] == "train"}, ""
+    if image_sets.source is not None:
+        report_near_duplicates(learned, tested, of_file, image_sets.source, findings)
 
 
 def _pairs_of(table: pd.DataFrame) -> pd.DataFrame:

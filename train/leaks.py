@@ -1,0 +1,90 @@
+"""Images of the evaluation that training sees too, themselves or as a near duplicate."""
+
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from sigphi.train.check_report import Findings
+from sigphi.train.errors import UserError
+from sigphi.train.images import load_images
+from sigphi.train.lenient_csv import read_header, read_tables
+from sigphi.train.near_duplicates import image_details, near_duplicates
+from sigphi.train.qa_csv import IMAGE_SPLITS
+from sigphi.train.row_checks import ImageSets, locate_images
+
+# Split and index of an image -> the first line that asks about it.
+Lines = dict[tuple[str, int], int]
+
+
+def note_lines(lines: Lines, rows: pd.DataFrame) -> None:
+    """Add the images of `rows`, which have the columns `line`, `split` and `dataset_index` of `QaTable.rows`."""
+    known = rows.loc[(rows["dataset_index"] >= 0) & (rows["split"] != ""), ["line", "split", "dataset_index"]]
+    for line, split, index in known.itertuples(index=False, name=None):
+        lines.setdefault((split, index), line)
+
+
+def lines_of_evaluation(path: Path, image_sets: ImageSets, image_split: str | None) -> Lines:
+    """The images of the CSV of the evaluation, whatever else may be wrong with it.
+
+    Args:
+        path (`Path`): the CSV.
+        image_sets (`ImageSets`): what its indices count in.
+        image_split (`str`, *optional*): the split of a file without the column `Split`.
+
+    Raises:
+        UserError: if it names no image.
+    """
+    header = read_header(path)
+    if "Split" not in header and image_split is None:
+        raise UserError(f"--eval-csv {path} has no column Split; give --image-split train or --image-split test.")
+    lines: Lines = {}
+    ignored = Findings(max_places=0)
+    for table in read_tables(path, ("Dataset_Index", "Split"), ignored.add):
+        located = locate_images(table, image_sets, None if "Split" in header else image_split, ignored)
+        note_lines(lines, located.rename(columns={"Split": "split", "Dataset_Index": "dataset_index"}))
+    if not lines:
+        raise UserError(f"--eval-csv {path} names no image; see `sigphi data check {path}`.")
+    return lines
+
+
+def report_shared_images(learned: Lines, tested: Lines, eval_csv: str | Path, findings: Findings) -> None:
+    """Report the images that are in the CSV and in `eval_csv`."""
+    shared = [image for image in learned if image in tested]
+    if shared:
+        split, index = shared[0]
+        example = f"{split} image {index} is in line {tested[shared[0]]} of {eval_csv} too"
+        findings.add_all("image in both files", len(shared), (f"line {learned[image]}" for image in shared), example)
+
+
+def report_near_duplicates(learned: Lines, tested: Lines, of_file: str, source: str, findings: Findings) -> None:
+    """Report the pairs of [`near_duplicates`] of two different images, one of `learned` and one of `tested`.
+
+    Args:
+        learned (`dict`): image -> line, of what is trained on.
+        tested (`dict`): image -> line, of what is evaluated.
+        of_file (`str`): what to write behind a line of `tested`, such as `" of test.csv"`.
+        source (`str`): where the images are, see [`load_images`].
+        findings (`Findings`): gets the problems.
+    """
+    for split, (indices, details) in _details(learned, source).items():
+        for other_split, (other_indices, other_details) in _details(tested, source).items():
+            for row, other_row, likeness in near_duplicates(details, other_details):
+                image, other = (split, indices[row]), (other_split, other_indices[other_row])
+                if image != other:
+                    names = f"{split} image {image[1]} is like {other_split} image {other[1]}"
+                    place = f"line {learned[image]} and line {tested[other]}{of_file}: {names}"
+                    findings.add("near-duplicate image", place, f"{names}, by {likeness:.3f} of at most 1")
+
+
+def _details(lines: Lines, source: str) -> dict[str, tuple[list[int], torch.Tensor]]:
+    """For each split of these images their indices and [`image_details`], in one order."""
+    details = {}
+    for wanted in IMAGE_SPLITS:
+        indices = sorted(index for split, index in lines if split == wanted)
+        if indices:
+            details[wanted] = indices, image_details(load_images(source, wanted), indices)
+    return details
+
+
+__all__ = ["Lines", "lines_of_evaluation", "note_lines", "report_near_duplicates", "report_shared_images"]
