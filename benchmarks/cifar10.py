@@ -34,11 +34,11 @@ def run(*words: str) -> None:
 
 
 def build_data(folder: Path, images: str) -> None:
-    """Five questions about each image of both splits."""
-    for split in ("train", "test"):
+    """Five questions about each image of both splits; those about test images in wordings that training never sees."""
+    for split, phrasing in (("train", "train"), ("test", "held-out")):
         if not (folder / f"{split}.csv").exists():
-            options = ("--images", images, "--image-split", split, "--output", str(folder / f"{split}.csv"))
-            run("sigphi", "data", "build", *options)
+            options = ("--images", images, "--image-split", split, "--phrasing", phrasing)
+            run("sigphi", "data", "build", *options, "--output", str(folder / f"{split}.csv"))
 
 
 def train(folder: Path, images: str, wanted: list[str]) -> None:
