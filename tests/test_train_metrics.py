@@ -355,9 +355,19 @@ def test_label_derangement_changes_every_label(seed):
     assert all(labels[new] != labels[old] for old, new in enumerate(permutation))
 
 
-def test_label_derangement_works_up_to_half_in_one_class():
+def test_every_other_label_takes_the_place_of_a_label_about_equally_often():
+    labels = np.repeat(np.arange(10), 500)
+    taken = labels[label_derangement(labels.tolist(), 0)]
+    counts = np.array([[np.sum(taken[labels == old] == new) for new in range(10)] for old in range(10)])
+    # 500 draws over nine labels: 55.6 each, with a standard deviation of 7.
+    assert (counts.diagonal() == 0).all()
+    assert (np.abs(counts[~np.eye(10, dtype=bool)] - 500 / 9) < 35).all()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_label_derangement_works_up_to_half_in_one_class(seed):
     labels = [3, 3, 3, 0, 1, 2]
-    permutation = label_derangement(labels, 0)
+    permutation = label_derangement(labels, seed)
     assert sorted(permutation.tolist()) == list(range(6))
     assert all(labels[new] != labels[old] for old, new in enumerate(permutation))
 

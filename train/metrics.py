@@ -274,13 +274,14 @@ def has_label_derangement(labels: Sequence[int]) -> bool:
 
 def label_derangement(labels: Sequence[int], seed: int) -> np.ndarray:
     """
-    A random permutation in which no element keeps its label.
+    A random permutation in which no element keeps its label; every other label takes its place about equally often.
 
-    The elements are sorted by label (in a seeded order within each) and shifted by the size of the largest class.
+    A uniform permutation is drawn; each element that keeps its label then trades its place with a random element for
+    which the trade is right on both sides. While no label has more than half of the elements, there is one.
 
     Args:
         labels (`Sequence[int]`): the label of each element.
-        seed (`int`): decides the order within each label.
+        seed (`int`): of every draw.
 
     Returns:
         `np.ndarray` of shape `(len(labels),)`: for each position the position to take instead.
@@ -295,9 +296,12 @@ def label_derangement(labels: Sequence[int], seed: int) -> np.ndarray:
             f"`labels` has {largest} of {len(array)} elements in one class; no permutation can change every label."
         )
     rng = np.random.default_rng(seed)
-    order = np.lexsort((rng.random(len(array)), array))  # by label, random within
-    permutation = np.empty(len(array), dtype=np.int64)
-    permutation[order] = np.roll(order, largest)
+    permutation = rng.permutation(len(array))
+    for kept in np.flatnonzero(array[permutation] == array):
+        if array[permutation[kept]] == array[kept]:  # no earlier trade has changed it
+            fits = np.flatnonzero((array != array[kept]) & (array[permutation] != array[kept]))
+            other = rng.choice(fits)
+            permutation[[kept, other]] = permutation[[other, kept]]
     return permutation
 
 
