@@ -45,31 +45,30 @@ def build_encoder(arguments: SiglipModelArguments) -> tuple[SiglipResNetModel, S
     Raises:
         UserError: if a tower cannot be read or is of another kind.
     """
-    name = arguments.siglip_checkpoint
-    model, processor = _new_encoder(arguments) if name is None else _saved_encoder(name)
+    config, name = encoder_config(arguments), arguments.siglip_checkpoint
+    model = _new_encoder(arguments, config) if name is None else _saved_encoder(name, config)
     text_tower: Any = model.text_model.language_model
     text_tower.requires_grad_(arguments.train_text_tower)
     # The tower is read apart even when it is trained, so that it starts from its own weights.
     model.config.include_text_tower |= arguments.train_text_tower or arguments.save_text_tower
-    return model, processor
+    return model, encoder_processor(arguments)
 
 
-def _saved_encoder(name: str) -> tuple[SiglipResNetModel, SiglipResNetProcessor]:
-    config = read_config(name, "--siglip-checkpoint", SiglipResNetConfig.model_type)
-    model = SiglipResNetModel.from_pretrained(name)
-    if not config.include_text_tower:
-        model.load_text_tower()
-    return model, SiglipResNetProcessor.from_pretrained(name)
+def encoder_config(arguments: SiglipModelArguments) -> SiglipResNetConfig:
+    """
+    The configuration of the encoder that the options describe, before any weights load.
 
-
-def _new_encoder(arguments: SiglipModelArguments) -> tuple[SiglipResNetModel, SiglipResNetProcessor]:
+    Raises:
+        UserError: if a tower cannot be read or is of another kind.
+    """
+    if arguments.siglip_checkpoint is not None:
+        return read_config(arguments.siglip_checkpoint, "--siglip-checkpoint", SiglipResNetConfig.model_type)
     text_config = read_config(
         arguments.text_model, "--text-model", revision=arguments.text_model_revision
     ).get_text_config()
-    vision_config = _vision_config(arguments)
-    config = SiglipResNetConfig(
+    return SiglipResNetConfig(
         logit_bias_init_value=arguments.logit_bias_init,
-        vision_config=vision_config,
+        vision_config=_vision_config(arguments),
         text_config=text_config,
         projection_dim=arguments.projection_dim,
         text_pooling=arguments.text_pooling,
@@ -78,11 +77,23 @@ def _new_encoder(arguments: SiglipModelArguments) -> tuple[SiglipResNetModel, Si
         text_model_revision=arguments.text_model_revision,
         include_text_tower=False,
     )
+
+
+def _saved_encoder(name: str, config: SiglipResNetConfig) -> SiglipResNetModel:
+    model = SiglipResNetModel.from_pretrained(name)
+    if not config.include_text_tower:
+        model.load_text_tower()
+    return model
+
+
+def _new_encoder(arguments: SiglipModelArguments, config: SiglipResNetConfig) -> SiglipResNetModel:
     model = SiglipResNetModel(config)
     if arguments.vision_model is not None:
-        model.vision_model = SiglipResNetVisionModel.from_pretrained(arguments.vision_model, config=vision_config)
+        model.vision_model = SiglipResNetVisionModel.from_pretrained(
+            arguments.vision_model, config=config.vision_config
+        )
     model.load_text_tower()
-    return model, _processor(arguments)
+    return model
 
 
 def _vision_config(arguments: SiglipModelArguments) -> SiglipResNetVisionConfig:
@@ -105,7 +116,10 @@ def _vision_config(arguments: SiglipModelArguments) -> SiglipResNetVisionConfig:
     return SiglipResNetVisionConfig(**{name: getattr(pretrained, name) for name in names}, **shape)
 
 
-def _processor(arguments: SiglipModelArguments) -> SiglipResNetProcessor:
+def encoder_processor(arguments: SiglipModelArguments) -> SiglipResNetProcessor:
+    """The processor of the encoder that the options describe."""
+    if arguments.siglip_checkpoint is not None:
+        return SiglipResNetProcessor.from_pretrained(arguments.siglip_checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(arguments.text_model, revision=arguments.text_model_revision or "main")
     if tokenizer.pad_token is None:
         # The text tower reads the mask, not the id, so that any token may fill the gaps.
@@ -240,12 +254,13 @@ def main(argv: list[str] | None = None) -> None:
     write_training_data(folder, data["train"], data_arguments)
     write_loss_curve(trainer.state.log_history, folder)
     if "eval" in data:
+        del model, trainer  # the artifact is loaded anew, beside nothing
         probe = sample_images(distinct_images(data["train"])[0], EncoderEvaluationArguments.probe_size)
         notes = {"probe": f"{data_arguments.images}, those of training"}
         sys.stdout.write(results_table(evaluate_folder(str(folder), data["eval"], notes, probe=probe)))
 
 
-__all__ = ["build_encoder", "image_rows", "main"]
+__all__ = ["build_encoder", "encoder_config", "encoder_processor", "image_rows", "main"]
 
 if __name__ == "__main__":
     run_command(main, "python -m sigphi.train.siglip")
