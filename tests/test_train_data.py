@@ -329,4 +329,5 @@ def test_help_names_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    assert re.search("\nbuild +make a CSV", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search("\nbuild +make a CSV", printed) and re.search("\nannotate +let a vision-language model", printed)

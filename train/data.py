@@ -193,6 +193,7 @@ def data_facts(dataset: datasets.Dataset) -> dict[str, Any]:
 COMMANDS = {
     "build": ("sigphi.train.data_build", "make a CSV of questions and answers from labels and pixels"),
     "check": ("sigphi.train.data_check", "find every problem of such a CSV"),
+    "annotate": ("sigphi.train.data_annotate", "let a vision-language model answer the questions"),
     "push": ("sigphi.train.data_push", "publish a CSV as a `datasets` repository on the Hub"),
 }
 
