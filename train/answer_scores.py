@@ -82,9 +82,11 @@ def answer_scores(rows: Sequence[JudgedRow], answers: dict[str, Sequence[str]]) 
         if has_text_metrics:
             scores |= wording_scores(given, [row.answer for row in rows])
         results |= {f"{name}{suffix}": value for name, value in scores.items()}
-    gains = _gains(results)
-    own = {name: value for name, value in results.items() if "/" not in name or not name.endswith((SHUFFLED, BLANK))}
-    return own | gains | _majorities(rows) | hallucination_rate(rows, answers[""]) | refusal_scores(rows, answers[""])
+    results |= _gains(results) | _majorities(rows)
+    results |= hallucination_rate(rows, answers[""]) | refusal_scores(rows, answers[""])
+    # The figures of a type stand beside each other, behind those of all rows; its gain says what its others would.
+    ordered = sorted(results, key=lambda name: name.partition("/")[2])
+    return {name: results[name] for name in ordered if "/" not in name or not name.endswith((SHUFFLED, BLANK))}
 
 
 def accuracies(rows: Sequence[JudgedRow], given: Sequence[str]) -> dict[str, float]:

@@ -251,8 +251,18 @@ class VlmTrainingArguments(SigphiTrainingArguments):
     save_strategy: str = HfArg(help="When to save a checkpoint: 'no', 'steps', 'epoch' or 'best'.", default="epoch")
     save_total_limit: int | None = HfArg(help="Checkpoints to keep.", default=2)
     logging_steps: float = HfArg(help="Steps between two log lines.", default=20)
+    eval_samples: int = HfArg(
+        help="Held-out questions that each evaluation asks with the right and with another image; 0: none.", default=96
+    )
+    stop_if_blind: bool = HfArg(
+        help="Stop, with exit code 2, when the right image stays worth less than 0.05 accuracy.", default=False
+    )
 
     def __post_init__(self) -> None:
+        if self.eval_samples < 0:
+            raise UserError(f"--eval-samples must be 0 or more, got {self.eval_samples}.")
+        if self.stop_if_blind and self.eval_samples == 0:
+            raise UserError("--stop-if-blind judges by --eval-samples, which is 0: leave one of them out.")
         with warnings.catch_warnings():
             # The newer name does not exist in the oldest transformers that is supported.
             warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)

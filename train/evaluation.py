@@ -25,6 +25,7 @@ from sigphi.train.encoder_evaluation import evaluate_encoder
 from sigphi.train.encoder_options import EncoderEvaluationArguments, encoder_options
 from sigphi.train.errors import UserError, run_command
 from sigphi.train.parser import parse_arguments
+from sigphi.train.predictions import PREDICTIONS, write_samples
 from sigphi.train.records import EVAL_RESULTS, TRAINING_DATA, environment, write_json
 from sigphi.train.vlm_evaluation import evaluate_vlm
 
@@ -58,16 +59,16 @@ def evaluate_folder(
     Load a model as a stranger would, evaluate it, and record the results in its folder and card.
 
     Args:
-        name (`str`): a folder (which gets `eval_results.json`, a new card, and for an encoder its confusion matrix)
-            or a Hub id.
+        name (`str`): a folder (which gets `eval_results.json`, a new card, and for an encoder its confusion matrix,
+            for a VLM its answers, see [`write_predictions`] and [`write_samples`]) or a Hub id.
         dataset (`datasets.Dataset`): a split of [`load_cifar10_qa`].
         notes (`dict`, *optional*): what else the metadata has to hold, such as where the probe images come from.
         options: of [`evaluate_encoder`] or [`evaluate_vlm`].
     """
     model, processor = load_for_evaluation(name)
     is_vlm = model.config.model_type == SigPhiConfig.model_type
-    if not is_vlm and Path(name).is_dir():
-        options["output_dir"] = name
+    if Path(name).is_dir():
+        options |= {"predictions_file": Path(name, PREDICTIONS)} if is_vlm else {"output_dir": name}
     evaluate = evaluate_vlm if is_vlm else evaluate_encoder
     results: dict[str, Any] = dict(evaluate(model, processor, dataset, **options))
     results["metadata"] = {
@@ -79,6 +80,8 @@ def evaluate_folder(
     }
     if Path(name).is_dir():
         write_json(Path(name, EVAL_RESULTS), results)
+        if is_vlm:
+            write_samples(Path(name), dataset)
         write_card(Path(name))
     return results
 

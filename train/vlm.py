@@ -20,6 +20,7 @@ from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration
 from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
 from sigphi.processing.processing_sigphi import SigPhiProcessor
 from sigphi.train.arguments import DataArguments, VlmModelArguments, VlmTrainingArguments, choose_attn_implementation
+from sigphi.train.callbacks import LooksAtImageCallback, watched_rows
 from sigphi.train.checkpoints import read_config
 from sigphi.train.collators import VlmCollator
 from sigphi.train.data import distinct_images, load_data
@@ -113,6 +114,25 @@ def check_lengths(rows: list[dict[str, Any]], dataset: datasets.Dataset, longest
             )
 
 
+def choose_watched(data: datasets.DatasetDict, seed: int, arguments: VlmTrainingArguments) -> datasets.Dataset | None:
+    """
+    The held-out rows for [`LooksAtImageCallback`], or `None` where there are none or none are wanted.
+
+    Raises:
+        UserError: if `--stop-if-blind` has nothing to judge by.
+    """
+    if arguments.eval_samples == 0:
+        return None
+    watched = watched_rows(data["eval"], arguments.eval_samples, seed) if "eval" in data else []
+    if len(watched) > 0:
+        return watched
+    reason = "no two held-out images of other classes have a question whose answer can be checked"
+    if arguments.stop_if_blind:
+        raise UserError(f"--stop-if-blind: {reason}. Raise --eval-fraction or --eval-samples, or leave it out.")
+    logger.warning("whether the model looks at its image is not watched: %s", reason)
+    return None
+
+
 def main(argv: list[str] | None = None) -> None:
     """`sigphi train-vlm`: options, data, model, training, artifact, evaluation."""
     model_arguments, data_arguments, arguments = parse_arguments(
@@ -123,6 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load_data(data_arguments)
     if "eval" in data:
         data["eval"] = only_unseen(data["eval"], model_arguments.siglip_checkpoint)
+    watched = choose_watched(data, data_arguments.split_seed, arguments)
     everything = datasets.concatenate_datasets(list(data.values()))
     images, positions = distinct_images(everything)
     pixels = decode_images(images, range(len(images)))
@@ -140,12 +161,23 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=collator_for(model, processor, pixels, model_arguments.cache_image_features),
         processing_class=processor,
     )
+    looks = None
+    if watched is not None:
+        looks = LooksAtImageCallback(trainer, processor, watched, data_arguments.split_seed)
+        trainer.add_callback(looks)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(arguments.output_dir)
         write_training_data(folder, data["train"], data_arguments, Path(model_arguments.siglip_checkpoint))
         write_loss_curve(trainer.state.log_history, folder)
+    if looks is not None and looks.is_blind and arguments.stop_if_blind:
+        trainer.accelerator.wait_for_everyone()  # a process that ends takes those with it that still write
+        raise UserError(
+            f"--stop-if-blind: {looks.finding()}\nThe model is saved in {arguments.output_dir}. Evaluate the encoder "
+            f"first; if it is sound, train longer or raise --projector-learning-rate."
+        )
+    if trainer.is_world_process_zero():
         if "eval" in data:
             del model, trainer  # the artifact is loaded anew, beside nothing
             sys.stdout.write(results_table(evaluate_folder(str(folder), data["eval"])))

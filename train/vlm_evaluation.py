@@ -1,23 +1,27 @@
 """The VLM against ground truth: loss, accuracy, and what looking at the image is worth."""
 
+import hashlib
+import json
 import logging
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from tqdm.auto import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration
 from sigphi.processing.processing_sigphi import SigPhiProcessor
+from sigphi.train.answer_scores import BLANK, SHUFFLED, answer_scores, judged_rows
+from sigphi.train.batch_log import BatchLog, discard, finished_batches
 from sigphi.train.collators import VlmCollator, preprocess
 from sigphi.train.data import distinct_images
-from sigphi.train.facts import CLASS_NAMES
 from sigphi.train.images import decode_images
-from sigphi.train.judging import asks_for_object, is_correct
-from sigphi.train.metrics import has_label_derangement, label_derangement, majority_share, token_f1
+from sigphi.train.metrics import has_label_derangement, label_derangement
+from sigphi.train.predictions import Given, write_predictions
 from sigphi.train.prompts import tokenize_questions, tokenized_rows
 
 logger = logging.getLogger(__name__)
@@ -38,6 +42,18 @@ def encode_images(
     return torch.cat(parts)
 
 
+class _Confidence(LogitsProcessor):
+    """Notes how probable the likeliest next token is, which greedy decoding takes."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # Kept step by step, since all scores of a long answer over a large vocabulary would fill the memory.
+        self.steps.append(scores.float().log_softmax(-1).amax(-1))  # (batch,)
+        return scores
+
+
 @torch.no_grad()
 def generate_answers(
     model: SigPhiForConditionalGeneration,
@@ -47,32 +63,61 @@ def generate_answers(
     questions: Sequence[str],
     batch_size: int = 64,
     max_new_tokens: int = 80,
-) -> list[str]:
+    log_folder: Path | None = None,
+) -> list[Given]:
     """
-    Greedy answers.
+    Greedy answers. The same question about the same image is answered once.
 
     Args:
-        model, processor: of the VLM.
+        model, processor: of the VLM, in evaluation mode.
         image_features (`torch.Tensor` of shape `(images, num_image_tokens, feature_size)`): see [`encode_images`].
         image_indices (`Sequence[int]`): for each question the row of `image_features`.
         questions (`Sequence[str]`): one a row. Equal questions are answered together, since their answers are about
             equally long.
         batch_size (`int`, *optional*, defaults to 64): questions in a step.
         max_new_tokens (`int`, *optional*, defaults to 80): longest answer in tokens.
+        log_folder (`Path`, *optional*): keeps the answers of finished batches, so that the same call goes on where a
+            killed one stopped. It stays when all are answered.
     """
-    prompts = tokenize_questions(processor, questions)
-    order = sorted(range(len(questions)), key=lambda row: (questions[row], row))
-    answers = [""] * len(questions)
-    for start in tqdm(range(0, len(order), batch_size), desc="answering", disable=None, leave=False):
-        rows = order[start : start + batch_size]
-        padded = processor.tokenizer.pad({"input_ids": [prompts[row] for row in rows]}, padding_side="left")
-        inputs = {name: torch.tensor(padded[name], device=model.device) for name in ("input_ids", "attention_mask")}
-        features = image_features[[image_indices[row] for row in rows]].to(model.device)
-        tokens = model.generate(**inputs, image_features=features, max_new_tokens=max_new_tokens, do_sample=False)
-        texts = processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for row, text in zip(rows, texts, strict=True):
-            answers[row] = text.strip()
-    return answers
+    pairs = sorted(set(zip(questions, image_indices, strict=True)))
+    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+    with nullcontext() if log_folder is None else BatchLog(log_folder, {}) as log:
+        finished = {} if log_folder is None else finished_batches(log_folder)
+        if finished:
+            logger.info("%d of %d batches were answered before: going on behind them", len(finished), len(batches))
+        todo = [number for number in range(len(batches)) if number not in finished]
+        for number in tqdm(todo, "answering", len(batches), initial=len(finished), disable=None, leave=False):
+            finished[number] = _answer_batch(model, processor, image_features, batches[number], max_new_tokens)
+            if log is not None:
+                log.add(number, finished[number])
+    answers = [Given(*one) for number in range(len(batches)) for one in finished[number]]
+    of_pair = dict(zip(pairs, answers, strict=True))
+    return [of_pair[pair] for pair in zip(questions, image_indices, strict=True)]
+
+
+def _answer_batch(
+    model: SigPhiForConditionalGeneration,
+    processor: SigPhiProcessor,
+    image_features: torch.Tensor,
+    pairs: Sequence[tuple[str, int]],
+    max_new_tokens: int,
+) -> list[Given]:
+    prompts = tokenize_questions(processor, [question for question, _ in pairs])
+    padded = processor.tokenizer.pad({"input_ids": prompts}, padding_side="left")
+    inputs = {name: torch.tensor(padded[name], device=model.device) for name in ("input_ids", "attention_mask")}
+    features = image_features[[image for _, image in pairs]].to(model.device)
+    confidence = _Confidence()
+    tokens = model.generate(
+        **inputs,
+        image_features=features,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([confidence]),
+    )[:, inputs["input_ids"].shape[1] :]  # (batch, new tokens)
+    texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    is_own = tokens != processor.tokenizer.pad_token_id  # an answer that has ended is padded
+    mean = (torch.stack(confidence.steps, 1) * is_own).sum(1) / is_own.sum(1).clamp(min=1)
+    return [Given(text.strip(), sure) for text, sure in zip(texts, mean.exp().tolist(), strict=True)]
 
 
 @torch.no_grad()
@@ -89,31 +134,13 @@ def supervised_loss(
     collate = VlmCollator(pad_token_id=processor.tokenizer.pad_token_id, image_features=image_features)
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["prompt_ids"]) + len(rows[row]["answer_ids"]))
     total = tokens = 0.0
-    for start in range(0, len(order), batch_size):
+    for start in tqdm(range(0, len(order), batch_size), "loss", disable=None, leave=False):
         batch = collate([rows[row] for row in order[start : start + batch_size]])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         supervised = int((batch["labels"][:, 1:] != -100).sum())
         total += model(**batch, logits_to_keep=1).loss.item() * supervised
         tokens += supervised
     return total / tokens
-
-
-@dataclass
-class _Row:
-    """One question with what its answer is judged by."""
-
-    question: str
-    answer: str
-    question_type: str
-    short_answer: str
-    class_name: str
-    asks_object: bool
-
-    def judge(self, given: str) -> bool:
-        return is_correct(given, self.short_answer, self.question_type)
-
-    def judge_class(self, given: str) -> bool:
-        return is_correct(given, self.class_name, "object")
 
 
 def evaluate_vlm(
@@ -123,6 +150,7 @@ def evaluate_vlm(
     batch_size: int = 64,
     max_new_tokens: int = 80,
     seed: int = 0,
+    predictions_file: Path | None = None,
 ) -> dict[str, float]:
     """
     Loss, accuracy against ground truth, and what looking at the image is worth.
@@ -137,85 +165,81 @@ def evaluate_vlm(
         batch_size (`int`, *optional*, defaults to 64): questions in a step.
         max_new_tokens (`int`, *optional*, defaults to 80): longest answer in tokens.
         seed (`int`, *optional*, defaults to 0): of the permutation.
+        predictions_file (`Path`, *optional*): where to write every answer, see [`write_predictions`]. Beside it a
+            folder keeps what is answered, so that the same call goes on where a killed one stopped.
 
     Returns:
-        `dict`: `eval_loss` (nats per supervised token) and `token_f1`; over rows with a short answer
-        `answer_accuracy`, `answer_count`, `accuracy/<type>` beside `majority/<type>`; over rows that ask for the
-        object `class_accuracy`, `class_count`, `majority/class`; each accuracy also with `_shuffled_image` and
-        `_blank_image`; and `image_gain`, `image_gain/<type>`, `class_image_gain`: real minus shuffled. Keys without
-        rows are absent.
-
-    Raises:
-        ValueError: if one class has more than half of the images, so that no permutation changes every label.
+        `dict`: `eval_loss` (nats per supervised token); `token_f1`, `rougeL` and `bleu`, the latter two with the extra
+        `eval` alone; over rows with a short answer `answer_accuracy`, `answer_count`, `accuracy/<type>` beside
+        `majority/<type>`; over rows that ask for the object `class_accuracy`, `class_count`, `majority/class`; over
+        descriptions `description_precision` and `description_recall`; these, but not those of a type, also with
+        `_shuffled_image` and `_blank_image`; `image_gain`, `image_gain/<type>`, `class_image_gain`: real minus
+        shuffled; and the figures of [`hallucination_rate`] and [`refusal_scores`]. Keys without rows are absent, and
+        all that need another image where one class has more than half of the images.
     """
     was_training = model.training
     model.eval()
+    features, image_indices = with_other_images(model, processor, dataset, seed)
+    names, num_rows = list(image_indices), len(dataset)
+    asked = ([image for name in names for image in image_indices[name]], dataset["question"][:] * len(names))
+    log_folder = None
+    if predictions_file is not None:
+        log_folder = _log_folder(predictions_file, model, processor, features, [*asked, batch_size, max_new_tokens])
+    answers = generate_answers(model, processor, features, *asked, batch_size, max_new_tokens, log_folder)
+    given = {name: answers[number * num_rows :][:num_rows] for number, name in enumerate(names)}
+    loss = supervised_loss(model, processor, features, image_indices[""], dataset, batch_size)
+    model.train(was_training)
+    rows = judged_rows(dataset)
+    results = answer_scores(rows, {name: [one.text for one in part] for name, part in given.items()})
+    if predictions_file is not None and log_folder is not None:
+        write_predictions(predictions_file, dataset, rows, given)
+        discard(log_folder)
+    return {"eval_loss": loss} | results
+
+
+def with_other_images(
+    model: SigPhiForConditionalGeneration, processor: SigPhiProcessor, dataset: datasets.Dataset, seed: int
+) -> tuple[torch.Tensor, dict[str, list[int]]]:
+    """
+    What the projector reads of all images and of a gray one, and which of these to show with each question.
+
+    Returns:
+        `tuple`: features of shape `(images + 1, num_image_tokens, feature_size)`, and by suffix the row of them for
+        each row of `dataset`: `""` for the image itself, `"_blank_image"`, and `"_shuffled_image"` unless one class
+        has more than half of the images.
+    """
     images, positions = distinct_images(dataset)
     pixels = decode_images(images, range(len(images)))
     gray = torch.full_like(pixels[:1], 128)
-    features = encode_images(model, processor, torch.cat([pixels, gray]))  # (images + 1, tokens, size)
-    indices = {"": positions, "_blank_image": [len(images)] * len(positions)}
+    features = encode_images(model, processor, torch.cat([pixels, gray]))
+    indices = {"": positions, BLANK: [len(images)] * len(positions)}
     if has_label_derangement(images["label"]):
-        indices["_shuffled_image"] = label_derangement(images["label"], seed)[positions].tolist()
+        indices[SHUFFLED] = label_derangement(images["label"], seed)[positions].tolist()
     else:
         logger.warning("one class has more than half of the images, so there is no shuffled figure and no image_gain")
-    rows = _judged_rows(dataset)
-    results = {"eval_loss": supervised_loss(model, processor, features, positions, dataset, batch_size)}
-    for suffix, image_indices in indices.items():
-        answers = generate_answers(
-            model, processor, features, image_indices, dataset["question"], batch_size, max_new_tokens
-        )
-        results |= {f"{name}{suffix}": value for name, value in _accuracies(rows, answers).items()}
-    model.train(was_training)
-    return _summarise(results, rows)
+    return features, indices
 
 
-def _judged_rows(dataset: datasets.Dataset) -> list[_Row]:
-    columns = ("question", "answer", "question_type", "short_answer", "label")
-    return [
-        _Row(
-            question,
-            answer,
-            kind,
-            short,
-            CLASS_NAMES[label],
-            kind == "object" or not kind and asks_for_object(question),
-        )
-        for question, answer, kind, short, label in zip(*(dataset[name] for name in columns), strict=True)
-    ]
+def _log_folder(
+    predictions_file: Path,
+    model: SigPhiForConditionalGeneration,
+    processor: SigPhiProcessor,
+    features: torch.Tensor,
+    inputs: Any,
+) -> Path:
+    """Where the finished batches of this very evaluation are kept; those of any other are removed."""
+    digest = hashlib.sha256(json.dumps([inputs, model.generation_config.to_json_string()]).encode())
+    digest.update(processor.tokenizer.backend_tokenizer.to_str().encode() + str(processor.chat_template).encode())
+    for name, tensor in sorted((model.state_dict() | {"features": features}).items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    start = f".{predictions_file.name}.unfinished-"
+    folder = predictions_file.with_name(start + digest.hexdigest()[:16])
+    for other in predictions_file.parent.glob(f"{start}*"):
+        if other != folder:
+            logger.info("%s is of another model, CSV or setting: removed", other)
+            discard(other)
+    return folder
 
 
-def _accuracies(rows: list[_Row], answers: list[str]) -> dict[str, float]:
-    """Mean scores of `answers`, by metric name without suffix."""
-    scores: dict[str, list[float]] = defaultdict(list)
-    for row, given in zip(rows, answers, strict=True):
-        scores["token_f1"].append(token_f1(given, row.answer))
-        if row.short_answer:
-            scores["answer_accuracy"].append(row.judge(given))
-            scores[f"accuracy/{row.question_type}"].append(row.judge(given))
-        if row.asks_object:
-            scores["class_accuracy"].append(row.judge_class(given))
-    return {name: sum(values) / len(values) for name, values in scores.items()}
-
-
-def _summarise(results: dict[str, float], rows: list[_Row]) -> dict[str, float]:
-    """Keep the promised keys, and add counts, majority figures and gains."""
-    kinds = sorted({row.question_type for row in rows if row.short_answer})
-    kept = {name: value for name, value in results.items() if not (name.startswith("accuracy/") and "_image" in name)}
-    for kind in kinds:
-        kept[f"majority/{kind}"] = majority_share([row.short_answer for row in rows if row.question_type == kind])
-    classes = [row.class_name for row in rows if row.asks_object]
-    if kinds:
-        kept["answer_count"] = sum(bool(row.short_answer) for row in rows)
-    if classes:
-        kept["class_count"] = len(classes)
-        kept["majority/class"] = majority_share(classes)
-    gains = {f"accuracy/{kind}": f"image_gain/{kind}" for kind in kinds}
-    gains |= {"answer_accuracy": "image_gain", "class_accuracy": "class_image_gain"}
-    for name, gain in gains.items():
-        if f"{name}_shuffled_image" in results:
-            kept[gain] = results[name] - results[f"{name}_shuffled_image"]
-    return kept
-
-
-__all__ = ["encode_images", "evaluate_vlm", "generate_answers", "supervised_loss"]
+__all__ = ["encode_images", "evaluate_vlm", "generate_answers", "supervised_loss", "with_other_images"]
