@@ -144,7 +144,7 @@ def test_human_labels_are_for_test_images_alone(human_table, toy_dataset, rows_o
     index = toy_dataset["dataset_index"][0]
     with pytest.raises(UserError, match=f"is about the test split, but image {index} of split train"):
         read_human_labels(str(path), both)
-    with pytest.raises(UserError, match="--human-labels .*none.parquet cannot be read"):
+    with pytest.raises(UserError, match="--human-labels .*none.parquet: there is no such file"):
         read_human_labels(str(tmp_path / "none.parquet"), rows_of_test)
     (tmp_path / "text.parquet").write_text("label,human_counts")
     with pytest.raises(UserError, match="--human-labels .*text.parquet cannot be read"):

@@ -1,6 +1,7 @@
 """The options of `sigphi evaluate` for an encoder, and the labels that they name: for probes, and by people."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -132,6 +133,8 @@ def read_human_labels(path: str, dataset: datasets.Dataset) -> torch.Tensor:
 
 def _human_table(path: str) -> tuple[np.ndarray, np.ndarray]:
     """Counts `(rows, 10)`, float64, and labels `(rows,)` of a file of human labels."""
+    if not Path(path).is_file():
+        raise UserError(f"--human-labels {path}: there is no such file.")
     try:
         table = pd.read_parquet(path, columns=["label", "human_counts"])
         counts = np.array(table["human_counts"].tolist(), dtype=np.float64)
