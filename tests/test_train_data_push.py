@@ -34,7 +34,7 @@ PUSHES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("qa.csv --repo-id tester/plain", {}),
     "plain again": ("qa.csv --repo-id tester/plain", {}),
     "drawn": (f"qa.csv --repo-id tester/drawn --images {DRAWN} --with-images --license mit", {}),
-    "branch": ("qa.csv --images pictures --repo-id tester/plain --revision half --eval-fraction 0.5", {}),
+    "branch": ("qa.csv --images pictures --repo-id tester/plain --revision in/half --eval-fraction 0.5", {}),
     "request": ("qa.csv --images pictures --repo-id other/theirs --create-pr --commit-message Ours", {}),
     "request again": ("qa.csv --images pictures --repo-id other/theirs --create-pr --license mit", {}),
     "many files": ("qa.csv --images pictures --repo-id tester/shrunk", {"rows_a_file": 30}),
@@ -165,7 +165,7 @@ def read(hub, pushed, run_stranger, tmp_path_factory) -> dict[str, Any]:
     sets = [
         ("plain", "tester/plain", None, ""),
         ("drawn", "tester/drawn", None, ""),
-        ("branch", "tester/plain", "half", ""),
+        ("branch", "tester/plain", "in/half", ""),
         ("request", "other/theirs", "refs/pr/1", ""),
         ("shrunk", "tester/shrunk", None, ""),
         # In this order: what has been loaded once comes from the cache where the Hub refuses.
@@ -258,7 +258,7 @@ def commits(hub: HubStub, repo: str) -> list[str]:
 def test_the_address_and_the_line_that_loads_it_are_printed(hub, pushed):
     url = f"{hub.url}/datasets"
     assert pushed["plain"]["out"] == f'{url}/tester/plain\nload_dataset("tester/plain")\n'
-    branch = f'{url}/tester/plain/tree/half\nload_dataset("tester/plain", revision="half")\n'
+    branch = f'{url}/tester/plain/tree/in%2Fhalf\nload_dataset("tester/plain", revision="in/half")\n'
     assert pushed["branch"]["out"] == branch
     request = f'{url}/other/theirs/discussions/1\nload_dataset("other/theirs", revision="refs/pr/1")\n'
     assert pushed["request"]["out"] == request
@@ -266,7 +266,7 @@ def test_the_address_and_the_line_that_loads_it_are_printed(hub, pushed):
 
 def test_card_and_data_are_one_commit_and_none_where_nothing_is_new(hub, pushed):
     assert pushed["plain again"]["error"] is None
-    # The second is the one on the branch `half`.
+    # The second is the one on the branch `in/half`.
     assert commits(hub, "tester/plain") == ["initial commit"] + 2 * ["Questions and answers with their card"]
     assert set(hub.files("tester/plain", kind="datasets")) == {
         "README.md",

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import datasets
 import pandas as pd
@@ -288,7 +289,9 @@ def _address(options: DataPushArguments, commit: CommitInfo) -> tuple[str, str |
     if commit.pr_url is not None:
         return commit.pr_url, commit.pr_revision
     address = f"{HfApi().endpoint}/datasets/{options.repo_id}"
-    return address if options.revision is None else f"{address}/tree/{options.revision}", options.revision
+    if options.revision is None:
+        return address, None
+    return f"{address}/tree/{quote(options.revision, safe='')}", options.revision
 
 
 def main(argv: list[str]) -> None:
