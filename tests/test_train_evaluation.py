@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pytest
 from conftest import TOY_IMAGES
 
@@ -91,3 +92,17 @@ def test_an_encoder_without_its_text_tower_is_evaluated_with_it(
 def test_the_table_has_a_line_for_every_number():
     table = results_table({"loss": 1.25, "accuracy/object": 0.5, "count": 3, "metadata": {"rows": 1}})
     assert table == "loss             1.2500\naccuracy/object  0.5000\ncount            3.0000\n"
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--max-new-tokens", "--max-images"])
+def test_numbers_below_one_are_refused(option, vlm_folder, toy_csv):
+    with pytest.raises(UserError, match=f"{option} must be at least 1, got 0"):
+        evaluation.main([str(vlm_folder), "--input-csv", str(toy_csv), option, "0"])
+
+
+def test_answers_and_samples_lie_beside_the_results(vlm_folder, toy_dataset):
+    results = evaluate_folder(str(vlm_folder), toy_dataset, max_new_tokens=3)
+    table = pd.read_parquet(vlm_folder / "predictions.parquet")
+    assert len(table) == len(toy_dataset)
+    assert table["correct"].mean() == pytest.approx(results["answer_accuracy"])
+    assert (vlm_folder / "eval_samples.md").exists() and (vlm_folder / "eval_samples.png").exists()

@@ -133,6 +133,12 @@ class EvaluateArguments:
     max_new_tokens: int = HfArg(help="Longest answer in tokens (VLM).", default=80)
     max_images: int | None = HfArg(help="Evaluate on the first so many images of the CSV.", default=None)
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens", "max_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+
 
 def results_table(results: dict[str, Any]) -> str:
     """The figures as aligned lines, one a metric."""

@@ -171,13 +171,12 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(arguments.output_dir)
         write_training_data(folder, data["train"], data_arguments, Path(model_arguments.siglip_checkpoint))
         write_loss_curve(trainer.state.log_history, folder)
-    if looks is not None and looks.is_blind and arguments.stop_if_blind:
-        trainer.accelerator.wait_for_everyone()  # a process that ends takes those with it that still write
-        raise UserError(
-            f"--stop-if-blind: {looks.finding()}\nThe model is saved in {arguments.output_dir}. Evaluate the encoder "
-            f"first; if it is sound, train longer or raise --projector-learning-rate."
-        )
-    if trainer.is_world_process_zero():
+        # The other processes end well: one that fails takes this one with it before it has said why.
+        if looks is not None and looks.is_blind and arguments.stop_if_blind:
+            raise UserError(
+                f"--stop-if-blind: {looks.finding()}\nThe model is saved in {folder}. Evaluate the encoder first; if "
+                f"that is sound, train longer or raise --projector-learning-rate."
+            )
         if "eval" in data:
             del model, trainer  # the artifact is loaded anew, beside nothing
             sys.stdout.write(results_table(evaluate_folder(str(folder), data["eval"])))
