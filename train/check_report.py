@@ -12,27 +12,29 @@ KINDS: dict[str, tuple[bool, str]] = {
     "malformed row": (True, "Put cells with commas, quotes or line breaks in double quotes, and double inner quotes."),
     "not UTF-8": (True, "Save the file as CSV in UTF-8."),
     "damaged text": (True, "Write the text again from its source, read as UTF-8."),
-    "unknown split": (True, "Say which split Dataset_Index counts in: --image-split train or --image-split test."),
+    "unknown split": (True, "Say which split Dataset_Index counts in: --image-split train or test."),
     "bad split": (True, "Write train or test; --image-split must not contradict the column, leave it out."),
-    "bad index": (True, "Dataset_Index is the row of the image in its split, from 0; is it the right split?"),
+    "bad index": (True, "Write the row of the image in its split, from 0, or name the split that it counts in."),
     "wrong Class_Label": (True, "Index or split points at another image than the one that was asked about."),
     "half-empty pair": (True, "Fill the cell, empty its partner, or train with --on-faulty-answers skip."),
     "failure as answer": (True, "Ask again or empty the pair; --on-faulty-answers skip leaves out those with ERROR."),
     "image placeholder": (True, "Remove it: it stands for the image itself."),
     "repeated question": (True, "Keep one of the answers, or ask something else."),
     "contradicted label": (True, "Correct the answer, or remove the pair."),
-    "missed short answer": (True, "Make S the value that the answer A states, in words that the type T allows."),
     "image in both files": (True, "Remove the image from one of the files: its score would be of something learned."),
     "near-duplicate image": (False, "Look at both, and leave one out of the evaluation."),
     "unclear answer": (False, "Make it name one value and no other: the class, or yes or no, as the question asks."),
+    "missed short answer": (False, "Correct A, or make S the value that A states; a model's own errors may stay."),
+    "foreign class": (False, "The answer names a class, but not that of its image; correct it, or remove the pair."),
     "constant answer": (False, "Such a question teaches nothing about the image; ask it less often, or leave it out."),
-    "over-long text": (False, "Shorten it: long rows cost memory for the whole batch, and are cut to --max-length."),
+    "over-long text": (False, "Shorten it, or raise --max-characters: one long text costs memory for a whole batch."),
     "no answer": (False, "Remove pairs whose answer is a stand-in for a missing value."),
     "talk of an assistant": (False, "Remove the pair: the model would learn to say that it cannot see."),
     "leftover markup": (False, "Remove the tokens of another model's chat template, and escapes of HTML."),
     "empty pair": (False, "Nothing has to be done: empty pairs are left out."),
 }
 _WIDTH = 119
+_EXAMPLE_LENGTH = 300
 
 
 @dataclass(frozen=True)
@@ -116,23 +118,34 @@ class Findings:
 
 def format_report(report: CheckReport) -> str:
     """The report as text: what was read, then one block a kind with count, places, example and remedy."""
-    blocks = [f"{report.num_rows} rows, {report.num_pairs} pairs, {report.num_images} images.\n"]
+    counts = ((report.num_rows, "row"), (report.num_pairs, "pair"), (report.num_images, "image"))
+    blocks = [f"{', '.join(counted(number, noun) for number, noun in counts)}.\n"]
     blocks += [_format_problem(problem) for problem in report.problems]
     num_warnings = sum(problem.count for problem in report.problems if not problem.is_error)
-    blocks.append(f"{report.num_errors} errors, {num_warnings} warnings.\n")
+    blocks.append(f"{counted(report.num_errors, 'error')}, {counted(num_warnings, 'warning')}.\n")
     return "\n".join(blocks)
+
+
+def counted(number: int, noun: str) -> str:
+    """`"1 row"`, `"2 rows"`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _format_problem(problem: Problem) -> str:
     more = problem.count - len(problem.places)
     places = "; ".join(problem.places) + (f"; {more} more" if more else "")
-    example = " ".join(problem.example.split())
     lines = [f"{'ERROR' if problem.is_error else 'warning'}  {problem.kind}: {problem.count}"]
-    for title, text in (("at", places), ("example", example), ("remedy", problem.remedy)):
+    for title, text in (("at", places), ("example", _shortened(problem.example)), ("remedy", problem.remedy)):
         lines += textwrap.wrap(
             f"{title + ':':9}{text}", _WIDTH, initial_indent="  ", subsequent_indent=" " * 11, break_on_hyphens=False
         )
     return "\n".join(lines) + "\n"
 
 
-__all__ = ["KINDS", "CheckReport", "Findings", "Problem", "format_report"]
+def _shortened(text: str) -> str:
+    """On one line and of a length that can be read."""
+    text = " ".join(text.split())
+    return text if len(text) <= _EXAMPLE_LENGTH else f"{text[:_EXAMPLE_LENGTH]} ..."
+
+
+__all__ = ["KINDS", "CheckReport", "Findings", "Problem", "counted", "format_report"]

@@ -13,7 +13,7 @@ from typing import Literal
 import pandas as pd
 from transformers.hf_argparser import HfArg
 
-from sigphi.train.check_report import CheckReport, Findings, Problem, format_report
+from sigphi.train.check_report import CheckReport, Findings, Problem, counted, format_report
 from sigphi.train.errors import UserError
 from sigphi.train.leaks import (
     Lines,
@@ -64,6 +64,9 @@ def check_csv(
     """
     if image_split is not None and image_split not in IMAGE_SPLITS:
         raise UserError(f"--image-split {image_split}: it has to be train or test.")
+    for option, value in (("--max-characters", max_characters), ("--max-places", max_places)):
+        if value < 1:
+            raise UserError(f"{option} {value}: it has to be 1 or more.")
     path, image_sets, findings, repetitions = Path(path), ImageSets(images), Findings(max_places), Repetitions()
     check_header(path, image_split, findings)
     num_rows = num_pairs = 0
@@ -136,7 +139,7 @@ def main(argv: list[str]) -> None:
     sys.stdout.write(format_report(report))
     sys.stdout.flush()
     if report.num_errors:
-        raise UserError(f"{path}: {report.num_errors} errors, named above with what to do; warnings may stay.")
+        raise UserError(f"{path}: {counted(report.num_errors, 'error')}, named above with what to do.")
 
 
 __all__ = ["CheckReport", "DataCheckArguments", "Problem", "check_csv", "format_report", "main"]

@@ -19,8 +19,8 @@ Lines = dict[tuple[str, int], int]
 
 def note_lines(lines: Lines, rows: pd.DataFrame) -> None:
     """Add the images of `rows`, which have the columns `line`, `split` and `dataset_index` of `QaTable.rows`."""
-    known = rows.loc[(rows["dataset_index"] >= 0) & (rows["split"] != ""), ["line", "split", "dataset_index"]]
-    for line, split, index in known.itertuples(index=False, name=None):
+    known = rows[(rows["dataset_index"] >= 0) & (rows["split"] != "")].drop_duplicates("line")
+    for line, split, index in zip(*(known[name].tolist() for name in ("line", "split", "dataset_index")), strict=True):
         lines.setdefault((split, index), line)
 
 

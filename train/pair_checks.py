@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,16 +12,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sigphi.train.check_report import Findings
-from sigphi.train.judging import asks_for_object, competing_values, is_correct
+from sigphi.train.facts import CLASS_NAMES, image_facts
+from sigphi.train.judging import CLASS_OF_WORD, asks_for_object, competing_values, is_correct, named_classes
 from sigphi.train.lenient_csv import iterate_rows
 from sigphi.train.qa_csv import IMAGE_PLACEHOLDER
 from sigphi.train.questions import QUESTION_TYPES
+
+_TEXTS = {"Q": "question", "A": "answer"}
+_JUDGED = ("question", "answer", "question_type", "short_answer", "class_name")
 
 # A question that is asked less often may have one answer by chance.
 _MIN_ASKED = 50
 _MAX_SHARE = 0.95
 # Asked for what a picture of 32x32 pixels cannot show, there is one honest answer.
-_CONSTANT_TYPES = ("refusal",)
+_CONSTANT_TYPE = "refusal"
 
 # All of these are for RE2, which knows no look-around; \w, \s and \b are those of ASCII.
 _FAILURE = (
@@ -37,25 +42,25 @@ _DAMAGED = (
 _ASSISTANT = (
     r"(?i)\bas an? (?:ai|artificial intelligence|(?:large )?language model|assistant)\b"
     r"|\bi(?: a|['’])m an? (?:ai|(?:large )?language model)\b"
-    r"|\bi (?:cannot|can't|can’t|can not|am unable to|am not able to) (?:see|view|access|open|process|assist)\b"
+    r"|\bi (?:cannot|can't|can’t|can not|am unable to|am not able to) "
+    r"(?:assist|(?:see|view|access|open|process|analyze) (?:\w+ ){0,2}(?:image|picture|photo|attachment|file)s?)\b"
 )
 _MARKUP = (
     r"<\|[\w ]+\|>|</?s>|<pad>|<end_of_utterance>|\[/?INST\]|^(?i:assistant|user|question|answer)\s*:"
     r"|&(?:amp|lt|gt|quot|nbsp|#\d+);"
 )
-_STAND_IN = r"(?i)^(?:nan|null|none|n/?a|<na>|undefined|unknown|todo|tbd|[[:punct:]\s]+)$"
+_STAND_IN = r"(?i)^(?:nan|null|none|n/?a|<na>|undefined|todo|tbd|[[:punct:]\s]+)$"
+_PLACEHOLDER = re.escape(IMAGE_PLACEHOLDER)
+_CLASS_WORD = rf"(?i)\b(?:{'|'.join(CLASS_OF_WORD)})\b"
+# How the last sentence of a question begins if [`asks_for_object`].
+_OBJECT_QUESTION_START = r"(?i)(?:^|[.?!]\s+)[^a-z0-9]*(?:what|which|please|name|identify)\b[^.?!]*[.?!]*\s*$"
+# Questions and answers repeat, and most verdicts need no look at the text.
+_CACHED_TEXTS = 100_000
 
 
 def _matches(texts: pd.Series, pattern: str) -> np.ndarray:
     # Not `str.contains`, which leaves most patterns to Python's `re` and then takes ten times as long.
     return pc.match_substring_regex(pa.array(texts), pattern).to_numpy(zero_copy_only=False)
-
-
-def _report_rows(findings: Findings, kind: str, rows: pd.DataFrame, letter: str, example: str) -> None:
-    """Report one problem a row, in column `letter` and the number of the row's pair, unless there are no rows."""
-    if not rows.empty:
-        places = (f"line {line} column {letter}{pair}" for line, pair in zip(rows["line"], rows["pair"], strict=True))
-        findings.add_all(kind, len(rows), places, example)
 
 
 def check_texts(rows: pd.DataFrame, max_characters: int, findings: Findings) -> pd.DataFrame:
@@ -69,32 +74,50 @@ def check_texts(rows: pd.DataFrame, max_characters: int, findings: Findings) -> 
     Returns:
         `pandas.DataFrame`: the rows that have question and answer, without answers that are failures.
     """
-    has_question, has_answer = rows["question"] != "", rows["answer"] != ""
-    _report_texts(findings, "empty pair", rows[~has_question & ~has_answer], "Q", "question")
-    _report_texts(findings, "half-empty pair", rows[~has_question & has_answer], "Q", "answer")
-    _report_texts(findings, "half-empty pair", rows[has_question & ~has_answer], "A", "question")
-    rows = rows[has_question & has_answer]
+    is_empty = {letter: rows[name] == "" for letter, name in _TEXTS.items()}
+    _report_texts(findings, "empty pair", rows, {"Q": is_empty["Q"] & is_empty["A"]})
+    _report_texts(
+        findings, "half-empty pair", rows, {"Q": is_empty["Q"] & ~is_empty["A"], "A": is_empty["A"] & ~is_empty["Q"]}
+    )
+    rows = rows[~is_empty["Q"] & ~is_empty["A"]]
     is_failure = _matches(rows["answer"], _FAILURE)
-    _report_texts(findings, "failure as answer", rows[is_failure], "A", "answer")
+    _report_texts(findings, "failure as answer", rows, {"A": is_failure})
     rows = rows[~is_failure]
-    for name, letter in (("question", "Q"), ("answer", "A")):
-        texts = rows[name]
-        for kind, is_bad in (
-            ("damaged text", _matches(texts, _DAMAGED)),
-            ("image placeholder", texts.str.contains(IMAGE_PLACEHOLDER, regex=False)),
-            ("leftover markup", _matches(texts, _MARKUP)),
-            ("over-long text", texts.str.len() > max_characters),
-        ):
-            _report_texts(findings, kind, rows[is_bad], letter, name)
-    answers = rows["answer"]
-    _report_texts(findings, "talk of an assistant", rows[_matches(answers, _ASSISTANT)], "A", "answer")
-    _report_texts(findings, "no answer", rows[_matches(answers, _STAND_IN)], "A", "answer")
+    for kind, pattern in (
+        ("damaged text", _DAMAGED),
+        ("leftover markup", _MARKUP),
+        ("image placeholder", _PLACEHOLDER),
+    ):
+        matches = {letter: _matches(rows[name], pattern) for letter, name in _TEXTS.items()}
+        _report_texts(findings, kind, rows, matches)
+    is_long = {letter: rows[name].str.len() > max_characters for letter, name in _TEXTS.items()}
+    _report_texts(findings, "over-long text", rows, is_long)
+    _report_texts(findings, "talk of an assistant", rows, {"A": _matches(rows["answer"], _ASSISTANT)})
+    _report_texts(findings, "no answer", rows, {"A": _matches(rows["answer"], _STAND_IN)})
     return rows
 
 
-def _report_texts(findings: Findings, kind: str, rows: pd.DataFrame, letter: str, name: str) -> None:
-    if not rows.empty:
-        _report_rows(findings, kind, rows, letter, rows[name].iloc[0])
+def _report_texts(findings: Findings, kind: str, rows: pd.DataFrame, is_bad: dict[str, np.ndarray]) -> None:
+    """Report the cells of the columns Q, A or both for which `is_bad` is true, row by row."""
+    bad = pd.concat([rows[mask].assign(letter=letter) for letter, mask in is_bad.items()])
+    bad = bad.sort_values(["line", "pair"], kind="stable")
+    if not bad.empty:
+        cells = _tuples(bad, "line", "letter", "pair")
+        findings.add_all(
+            kind,
+            len(bad),
+            (f"line {line} column {letter}{pair}" for line, letter, pair in cells),
+            _example(bad.iloc[0]),
+        )
+
+
+def _example(row: pd.Series) -> str:
+    """The bad cell, or its partner where it is empty."""
+    return row[_TEXTS[row["letter"]]] or row["question"] or row["answer"]
+
+
+def _tuples(rows: pd.DataFrame, *names: str) -> Iterator[tuple]:
+    return zip(*(rows[name].tolist() for name in names), strict=True)
 
 
 def check_answers(rows: pd.DataFrame, findings: Findings) -> None:
@@ -104,46 +127,94 @@ def check_answers(rows: pd.DataFrame, findings: Findings) -> None:
         rows (`pandas.DataFrame`): with the columns of `QaTable.rows` and `class_name`, empty where it is not known.
         findings (`Findings`): gets the problems.
     """
-    names = ["question", "answer", "question_type", "short_answer", "class_name"]
-    verdicts = [_verdict(*values) for values in rows[names].itertuples(index=False, name=None)]
-    kinds = np.array([kind for kind, _ in verdicts], dtype=object)
+    is_typed = rows["question_type"].isin(QUESTION_TYPES)
+    has_class = rows["class_name"] != ""
+    judged = rows[is_typed | (has_class & _matches(rows["question"], _OBJECT_QUESTION_START))]
+    verdicts = pd.Series([_verdict(*cells) for cells in _tuples(judged, *_JUDGED)], index=judged.index, dtype=object)
     for kind in ("contradicted label", "unclear answer", "missed short answer"):
-        bad = np.flatnonzero(kinds == kind)
-        if len(bad):
-            _report_rows(findings, kind, rows.iloc[bad], "A", verdicts[bad[0]][1])
+        _report_answers(findings, kind, judged[verdicts == kind])
+    others = rows.drop(verdicts.index[verdicts != ""])
+    others = others[(others["class_name"] != "") & _matches(others["answer"], _CLASS_WORD) & ~_name_own_class(others)]
+    is_foreign = [bool(_named_classes(answer)) for answer in others["answer"].tolist()]
+    _report_answers(findings, "foreign class", others[is_foreign])
 
 
-def _verdict(question: str, answer: str, question_type: str, short_answer: str, class_name: str) -> tuple[str, str]:
-    """The kind of problem of an answer and a sentence about it, two empty texts where there is none."""
+def _name_own_class(rows: pd.DataFrame) -> pd.Series:
+    """Whether the answers have a word for the class of their image, be it denied."""
+    names_it = pd.Series(False, index=rows.index)
+    for class_name, group in rows.groupby("class_name"):
+        words = "|".join(word for word, meant in CLASS_OF_WORD.items() if meant == class_name)
+        names_it[group.index] = _matches(group["answer"], rf"(?i)\b(?:{words})\b")
+    return names_it
+
+
+def _report_answers(findings: Findings, kind: str, rows: pd.DataFrame) -> None:
+    if not rows.empty:
+        question, answer, _, short_answer, class_name = next(_tuples(rows, *_JUDGED))
+        example = f"{question!r} is answered by {answer!r}"
+        example += f", the short answer is {short_answer!r}" if short_answer else ""
+        example += f", the image is of class {class_name}" if class_name else ""
+        places = (f"line {line} column A{pair}" for line, pair in _tuples(rows, "line", "pair"))
+        findings.add_all(kind, len(rows), places, example)
+
+
+def _verdict(question: str, answer: str, question_type: str, short_answer: str, class_name: str) -> str:
+    """The kind of problem of an answer to a question with a type or to one for the object, empty where it has none."""
     judged_as, expected = _expected_answer(question, question_type, class_name)
     if expected and not _is_correct(answer, expected, judged_as):
-        names_another = any(_is_correct(answer, value, judged_as) for value in competing_values(judged_as))
-        kind = "contradicted label" if names_another else "unclear answer"
-        return kind, f"{question!r} is answered by {answer!r}, but the image is of class {class_name}"
-    if short_answer and competing_values(question_type) and not _is_correct(answer, short_answer, question_type):
-        return "missed short answer", f"the answer is {answer!r}, but the short answer {short_answer!r}"
-    return "", ""
+        return "contradicted label" if _names_another(answer, expected, judged_as) else "unclear answer"
+    if short_answer and question_type in QUESTION_TYPES and not _is_correct(answer, short_answer, question_type):
+        return "missed short answer"
+    return ""
 
 
-@lru_cache(maxsize=100_000)
-def _is_correct(answer: str, short_answer: str, question_type: str) -> bool:
-    return re.search("[A-Za-z0-9]", short_answer) is not None and is_correct(answer, short_answer, question_type)
+def _names_another(answer: str, expected: str, question_type: str) -> bool:
+    if question_type in ("object", "comparison"):
+        named = _named_classes(answer)
+        return bool(named) and expected not in named
+    return any(_is_correct(answer, value, question_type) for value in competing_values(question_type))
 
 
 def _expected_answer(question: str, question_type: str, class_name: str) -> tuple[str, str]:
     """The type to judge an answer by, and what it has to be for an image of this class, empty where that is open."""
     if not class_name:
-        return "", ""
-    if question_type in ("object", "comparison"):
-        return question_type, class_name
-    if question_type not in QUESTION_TYPES and _asks_for_object(question):
-        return "object", class_name
-    return "", ""
+        return question_type, ""
+    if question_type in QUESTION_TYPES:
+        if question_type == "yes_no_class":
+            asked = _named_classes(question)
+            return question_type, ("yes" if asked == {class_name} else "no") if len(asked) == 1 else ""
+        return question_type, _FACTS_OF_CLASS[class_name].get(question_type, "")
+    return "object", class_name if _asks_for_object(question) else ""
 
 
-@lru_cache(maxsize=100_000)
-def _asks_for_object(question: str) -> bool:
-    return asks_for_object(question)
+def _facts_of_class(label: int) -> dict[str, str]:
+    """Question type -> answer, for the types whose answer follows from the class alone."""
+    facts = image_facts(np.zeros((8, 8, 3), np.uint8), label)
+    return {
+        "object": facts.object_name,
+        "comparison": facts.object_name,
+        "category": facts.category,
+        "living": facts.living,
+        "habitat": facts.habitat,
+        "can_fly": facts.can_fly,
+        "can_swim": facts.can_swim,
+        "carries_people": facts.carries_people,
+    }
+
+
+_FACTS_OF_CLASS = {name: _facts_of_class(label) for label, name in enumerate(CLASS_NAMES)}
+
+
+@lru_cache(maxsize=_CACHED_TEXTS)
+def _is_correct(answer: str, short_answer: str, question_type: str) -> bool:
+    try:
+        return is_correct(answer, short_answer, question_type)
+    except ValueError:  # the short answer holds nothing to judge by
+        return False
+
+
+_named_classes = lru_cache(maxsize=_CACHED_TEXTS)(named_classes)
+_asks_for_object = lru_cache(maxsize=_CACHED_TEXTS)(asks_for_object)
 
 
 class Repetitions:
@@ -172,18 +243,18 @@ class Repetitions:
                 "image": _image_numbers(rows),
                 "question": _hashes(rows["question"]),
                 "value": _hashes(value),
-                "may_repeat": rows["question_type"].isin(_CONSTANT_TYPES).to_numpy(),
+                "may_repeat": (rows["question_type"] == _CONSTANT_TYPE).to_numpy(),
             }
         )
-        typed = rows.loc[is_typed, ["question_type", "short_answer"]]
-        self._values_of_type.update(typed.itertuples(index=False, name=None))
+        typed = rows[is_typed]
+        self._values_of_type.update(_tuples(typed, "question_type", "short_answer"))
 
     def report(self, path: Path, findings: Findings) -> None:
         """Report what all rows together show; `path` is read again for the texts of what is found."""
         if not self._chunks:
             return
         pairs = {name: np.concatenate([chunk.pop(name) for chunk in self._chunks]) for name in list(self._chunks[0])}
-        _report_repeated(pairs, findings)
+        _report_repeated(pairs, path, findings)
         _report_constant(pairs, path, findings)
         self._report_constant_types(findings)
 
@@ -193,15 +264,15 @@ class Repetitions:
             totals[question_type] += count
         for (question_type, value), count in self._values_of_type.items():
             total = totals[question_type]
-            if total >= _MIN_ASKED and count > _MAX_SHARE * total and question_type not in _CONSTANT_TYPES:
+            if total >= _MIN_ASKED and count > _MAX_SHARE * total and question_type != _CONSTANT_TYPE:
                 place = f"type {question_type}: {value!r} {count} of {total} times"
                 findings.add("constant answer", place, place)
 
 
 def _image_numbers(rows: pd.DataFrame) -> np.ndarray:
     """An int64 for each row, equal for equal images, negative for an unknown one."""
-    split = rows["split"].map({"train": 1, "test": 2}).fillna(0)
-    return (rows["dataset_index"] * 3 + split).to_numpy(np.int64)
+    of_split = (rows["split"] == "train") + 2 * (rows["split"] == "test")
+    return (rows["dataset_index"] * 3 + of_split).to_numpy(np.int64)
 
 
 def _hashes(texts: pd.Series) -> np.ndarray:
@@ -213,19 +284,19 @@ def _hashes(texts: pd.Series) -> np.ndarray:
     return np.fromiter(map(hash, words), np.int64, len(words))
 
 
-def _report_repeated(pairs: dict[str, np.ndarray], findings: Findings) -> None:
+def _report_repeated(pairs: dict[str, np.ndarray], path: Path, findings: Findings) -> None:
     order = np.lexsort((pairs["question"], pairs["image"]))  # stable: equal ones stay in the order of the file
     image, question = pairs["image"][order], pairs["question"][order]
     is_again = (image[1:] == image[:-1]) & (question[1:] == question[:-1]) & (image[1:] >= 0)
     again, before = order[1:][is_again], order[:-1][is_again]
-    if len(again) == 0:
-        return
-    in_file_order = np.argsort(again)
-    places = (
-        f"{_place(pairs, again[position])} asks the same as {_place(pairs, before[position])}"
-        for position in in_file_order
-    )
-    findings.add_all("repeated question", len(again), places, "")
+    if len(again):
+        places = [
+            f"{_place(pairs, again[position])} asks the same as {_place(pairs, before[position])}"
+            for position in np.argsort(again)[: findings.max_places]
+        ]
+        first = again.min()
+        [(_, _, question, answer)] = _pairs_at(path, [(pairs["line"][first], pairs["pair"][first])])
+        findings.add_all("repeated question", len(again), places, f"{question!r}, here answered by {answer!r}")
 
 
 def _place(pairs: dict[str, np.ndarray], position: int) -> str:
@@ -233,18 +304,20 @@ def _place(pairs: dict[str, np.ndarray], position: int) -> str:
 
 
 def _report_constant(pairs: dict[str, np.ndarray], path: Path, findings: Findings) -> None:
-    rows = pd.DataFrame({"question": pairs["question"], "value": pairs["value"]})[~pairs["may_repeat"]]
-    asked = rows["question"].map(rows["question"].value_counts())  # (num_rows,)
-    rows = rows[asked >= _MIN_ASKED].assign(asked=asked)
-    rows["given"] = rows.groupby(["question", "value"])["value"].transform("size")
-    constant = rows[rows["given"] > _MAX_SHARE * rows["asked"]].drop_duplicates("question")
-    if constant.empty:
+    pairs = {name: values[~pairs["may_repeat"]] for name, values in pairs.items()}
+    questions, times_asked = np.unique(pairs["question"], return_counts=True)
+    # One number for question and value together; integers of numpy wrap around.
+    _, first, given = np.unique(pairs["question"] * 31 + pairs["value"], return_index=True, return_counts=True)
+    asked = times_asked[np.searchsorted(questions, pairs["question"][first])]
+    is_constant = (asked >= _MIN_ASKED) & (given > _MAX_SHARE * asked)
+    constant = sorted(zip(first[is_constant], given[is_constant], asked[is_constant], strict=True))
+    if not constant:
         return
-    first = constant.head(findings.max_places)
-    texts = _pairs_at(path, [(int(pairs["line"][row]), int(pairs["pair"][row])) for row in first.index])
+    shown = constant[: findings.max_places]
+    texts = _pairs_at(path, [(pairs["line"][position], pairs["pair"][position]) for position, _, _ in shown])
     places = [
         f"line {line} column Q{pair}, {question!r}: {given} of {asked} times"
-        for (line, pair, question, _), given, asked in zip(texts, first["given"], first["asked"], strict=True)
+        for (line, pair, question, _), (_, given, asked) in zip(texts, shown, strict=True)
     ]
     _, _, question, answer = texts[0]
     findings.add_all("constant answer", len(constant), places, f"{question!r} is answered by {answer!r}")
