@@ -24,7 +24,10 @@ PACKAGES = {
     "sigphi/hub_card": "hub_card",
 }
 
-EXTRAS = ("bitsandbytes", "deepspeed", "evaluate", "gradio", "matplotlib", "open_clip", "rouge_score", "tensorboard")
+EXTRAS = (
+    *("bitsandbytes", "deepspeed", "evaluate", "gradio", "matplotlib", "open_clip", "rouge_score", "sacrebleu"),
+    "tensorboard",
+)
 
 
 def run_python(code: str, *options: str, cwd: Path | None = None) -> str:

@@ -14,6 +14,7 @@ from sigphi.train.answer_scores import (
     judged_rows,
     refusal_scores,
 )
+from sigphi.train.errors import UserError
 from sigphi.train.facts import CLASS_NAMES
 
 
@@ -58,6 +59,18 @@ def test_rows_are_those_of_the_dataset(toy_dataset):
 )
 def test_verdicts(judged, given, verdict):
     assert judged.verdict(given) is verdict
+
+
+@pytest.mark.parametrize(
+    ("kind", "short"), [("description", "a gray cat"), ("object", "?"), ("", "--")], ids=["facts", "word", "plain"]
+)
+def test_a_short_answer_that_cannot_be_judged_by_is_refused_with_its_question(kind, short, toy_dataset):
+    wrong = toy_dataset.select([0]).map(
+        lambda row: {"question": "What is it?", "question_type": kind, "short_answer": short},
+        load_from_cache_file=False,
+    )
+    with pytest.raises(UserError, match=r"the short answer to 'What is it\?' cannot be judged by: .*short_answer"):
+        judged_rows(wrong)
 
 
 # Accuracies ----------------------------------------------------------------------------------------------------------

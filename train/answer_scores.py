@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import datasets
 
+from sigphi.train.errors import UserError
 from sigphi.train.facts import CLASS_NAMES
 from sigphi.train.judging import asks_for_object, is_correct, is_refusal, named_classes, parse_facts, stated_facts
 from sigphi.train.metrics import majority_share, token_f1
@@ -52,18 +53,34 @@ class JudgedRow:
             return is_correct(given, self.short_answer, self.question_type)
         return self.names_class(given) if self.asks_object else None
 
+    def facts(self) -> dict[str, str]:
+        """What a description may state, by attribute; empty for any other row."""
+        return parse_facts(self.short_answer) if self.question_type == "description" else {}
+
     def names_class(self, given: str) -> bool:
         """Whether `given` names CIFAR's class of the image, and no other."""
         return is_correct(given, self.class_name, "object")
 
 
 def judged_rows(dataset: datasets.Dataset) -> list[JudgedRow]:
-    """The rows of a split of [`load_cifar10_qa`], in its order."""
+    """
+    The rows of a split of [`load_cifar10_qa`], in its order.
+
+    Raises:
+        UserError: if a short answer cannot be judged by; it names the question.
+    """
     columns = ("question", "answer", "question_type", "short_answer", "label")
-    return [
+    rows = [
         JudgedRow(question, answer, kind, short, CLASS_NAMES[label])
         for question, answer, kind, short, label in zip(*(dataset[name] for name in columns), strict=True)
     ]
+    for row in rows:
+        try:
+            row.verdict("")
+            row.facts()
+        except ValueError as error:
+            raise UserError(f"the short answer to {row.question[:60]!r} cannot be judged by: {error}") from error
+    return rows
 
 
 def answer_scores(rows: Sequence[JudgedRow], answers: dict[str, Sequence[str]]) -> dict[str, float]:
@@ -155,7 +172,8 @@ def refusal_scores(rows: Sequence[JudgedRow], given: Sequence[str]) -> dict[str,
     due share of the refusals given, `refusal_recall` the given share of those due, `refusal_f1` their harmonic mean; 0
     where nothing is to be divided. Empty when none is due.
     """
-    pairs = [(row.question_type == "refusal", is_refusal(text)) for row, text in _typed(rows, given)]
+    typed = [(row, text) for row, text in zip(rows, given, strict=True) if row.question_type]
+    pairs = [(row.question_type == "refusal", is_refusal(text)) for row, text in typed]
     due, refused = sum(one for one, _ in pairs), sum(one for _, one in pairs)
     if not due:
         return {}
@@ -168,10 +186,6 @@ def refusal_scores(rows: Sequence[JudgedRow], given: Sequence[str]) -> dict[str,
     }
 
 
-def _typed(rows: Sequence[JudgedRow], given: Sequence[str]) -> list[tuple[JudgedRow, str]]:
-    return [(row, text) for row, text in zip(rows, given, strict=True) if row.question_type]
-
-
 def description_scores(rows: Sequence[JudgedRow], given: Sequence[str]) -> dict[str, float]:
     """
     How many of the facts that descriptions state are true, and how many of the true ones they state.
@@ -181,14 +195,13 @@ def description_scores(rows: Sequence[JudgedRow], given: Sequence[str]) -> dict[
     listed facts that are stated. Empty without such rows.
     """
     stated = true = both = 0
-    for row, text in _typed(rows, given):
-        if row.question_type == "description" and row.short_answer:
-            facts = parse_facts(row.short_answer)
-            said = {(attribute, value) for attribute, value in stated_facts(text) if attribute in facts}
-            stated += len(said)
-            true += len(facts)
-            both += len(said & facts.items())
-    if not true:
+    described = [(row.facts(), text) for row, text in zip(rows, given, strict=True) if row.facts()]
+    for facts, text in described:
+        said = {(attribute, value) for attribute, value in stated_facts(text) if attribute in facts}
+        stated += len(said)
+        true += len(facts)
+        both += len(said & facts.items())
+    if not described:
         return {}
     return {"description_precision": both / stated if stated else 0.0, "description_recall": both / true}
 

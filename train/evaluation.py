@@ -18,6 +18,7 @@ from transformers.hf_argparser import HfArg
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
 from sigphi.configuration.configuration_sigphi import SigPhiConfig
 from sigphi.hub_card.cards import write_card
+from sigphi.train.answer_scores import judged_rows
 from sigphi.train.arguments import QaArguments
 from sigphi.train.checkpoints import check_token_counts, read_config
 from sigphi.train.data import distinct_images, held_out, load_cifar10_qa
@@ -168,6 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     if is_encoder:
         kwargs |= encoder_options(encoder, dataset, data.images)
     else:
+        judged_rows(dataset)  # refuses what cannot be judged by, before any weights load
         kwargs["max_new_tokens"] = options.max_new_tokens
     sys.stdout.write(results_table(evaluate_folder(model, dataset, **kwargs)))
 

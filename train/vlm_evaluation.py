@@ -176,7 +176,11 @@ def evaluate_vlm(
         `_shuffled_image` and `_blank_image`; `image_gain`, `image_gain/<type>`, `class_image_gain`: real minus
         shuffled; and the figures of [`hallucination_rate`] and [`refusal_scores`]. Keys without rows are absent, and
         all that need another image where one class has more than half of the images.
+
+    Raises:
+        UserError: if a short answer cannot be judged by.
     """
+    rows = judged_rows(dataset)
     was_training = model.training
     model.eval()
     features, image_indices = with_other_images(model, processor, dataset, seed)
@@ -189,7 +193,6 @@ def evaluate_vlm(
     given = {name: answers[number * num_rows :][:num_rows] for number, name in enumerate(names)}
     loss = supervised_loss(model, processor, features, image_indices[""], dataset, batch_size)
     model.train(was_training)
-    rows = judged_rows(dataset)
     results = answer_scores(rows, {name: [one.text for one in part] for name, part in given.items()})
     if predictions_file is not None and log_folder is not None:
         write_predictions(predictions_file, dataset, rows, given)
