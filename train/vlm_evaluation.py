@@ -188,7 +188,8 @@ def evaluate_vlm(
     asked = ([image for name in names for image in image_indices[name]], dataset["question"][:] * len(names))
     log_folder = None
     if predictions_file is not None:
-        log_folder = _log_folder(predictions_file, model, processor, features, [*asked, batch_size, max_new_tokens])
+        prompts = tokenize_questions(processor, dataset["question"])
+        log_folder = _log_folder(predictions_file, model, features, [*asked, prompts, batch_size, max_new_tokens])
     answers = generate_answers(model, processor, features, *asked, batch_size, max_new_tokens, log_folder)
     given = {name: answers[number * num_rows :][:num_rows] for number, name in enumerate(names)}
     loss = supervised_loss(model, processor, features, image_indices[""], dataset, batch_size)
@@ -224,15 +225,10 @@ def with_other_images(
 
 
 def _log_folder(
-    predictions_file: Path,
-    model: SigPhiForConditionalGeneration,
-    processor: SigPhiProcessor,
-    features: torch.Tensor,
-    inputs: Any,
+    predictions_file: Path, model: SigPhiForConditionalGeneration, features: torch.Tensor, inputs: Any
 ) -> Path:
     """Where the finished batches of this very evaluation are kept; those of any other are removed."""
     digest = hashlib.sha256(json.dumps([inputs, model.generation_config.to_json_string()]).encode())
-    digest.update(processor.tokenizer.backend_tokenizer.to_str().encode() + str(processor.chat_template).encode())
     for name, tensor in sorted((model.state_dict() | {"features": features}).items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
