@@ -1,3 +1,4 @@
+import csv
 import os
 import random
 from collections import Counter, defaultdict
@@ -291,3 +292,21 @@ def test_a_csv_over_local_cifar10(tmp_path: Path) -> None:
     assert decode_images(images, range(len(images))).shape == (len(images), 3, 32, 32)
     first = dataset["train"][0]
     assert (first["dataset_index"], CLASS_NAMES[first["label"]]) == (0, "cat")
+
+
+def test_the_types_of_the_questions_can_be_chosen(tmp_path: Path) -> None:
+    words = ["--images", "synthetic", "--num-images", "30", "--output", str(tmp_path / "qa.csv")]
+    types = ["object", "category", "comparison", "counting", "habitat"]
+    main(["build", *words, "--question-types", *types])
+    with (tmp_path / "qa.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row[f"T{pair}"] for row in rows for pair in range(1, 6)} == set(types)
+
+
+@pytest.mark.parametrize(
+    ("types", "message"),
+    [(["object", "smell"], "--question-types smell: it has to be of"), (["object"], "1 of these fit every image")],
+)
+def test_types_that_do_not_suffice_are_user_errors(types: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        main(["build", "--images", "synthetic", "--output", str(tmp_path / "qa.csv"), "--question-types", *types])

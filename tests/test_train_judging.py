@@ -405,3 +405,22 @@ def test_what_is_known_by_an_answer_is_its_fact_or_all_facts_of_a_description() 
     assert known_facts("A free sentence.", "", "") == set()
     description = known_facts("A cat.", "description", "object=cat; brightness=dark")
     assert description == {"object=cat", "brightness=dark"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "question_type", "short_answer"),
+    [
+        ("The background is gray.", "background_color", "brown"),
+        ("The main object is a dog.", "object", "cat"),
+        ("Yes, a cat can fly.", "can_fly", "no"),
+    ],
+)
+def test_an_answer_that_the_truth_contradicts_states_no_fact(
+    answer: str, question_type: str, short_answer: str
+) -> None:
+    assert stated_fact(answer, question_type, short_answer) == SAYS_NOTHING
+    assert known_facts(answer, question_type, short_answer) == set()
+
+
+def test_a_typed_answer_without_its_truth_stands_for_itself() -> None:
+    assert stated_fact("The background is gray.", "background_color", "") == ""

@@ -277,3 +277,22 @@ def test_descriptions_hold_every_fact_and_no_other_value(made: Made) -> None:
             assert 3 <= description.answer.count(".") <= 6
             background = facts.background_color
             assert re.search(rf"{background} background|background is {background}", description.answer)
+
+
+def test_only_the_types_that_are_wanted_are_asked() -> None:
+    wanted = ("object", "category", "habitat", "description", "can_swim")
+    seen = set()
+    for seed in range(200):
+        asked = make_questions(CAT, random.Random(seed), count=3, types=wanted)
+        assert len({one.question_type for one in asked}) == 3
+        seen |= {one.question_type for one in asked}
+    assert {"object", "category", "habitat", "description"} <= seen <= set(wanted)
+
+
+@pytest.mark.parametrize(
+    ("types", "count", "message"),
+    [(("object", "smell"), 1, "got 'smell'"), (("object", "description", "can_swim"), 2, "1 to 1, .* got 2")],
+)
+def test_types_that_do_not_suffice_are_refused(types: tuple[str, ...], count: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_questions(CAT, random.Random(0), count=count, types=types)

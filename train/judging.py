@@ -345,11 +345,13 @@ def stated_fact(answer: str, question_type: str, short_answer: str) -> str:
         `str`: `"object=deer"` when the answer names exactly one class ([`named_classes`]), else
         `"legs=four"` or `"wings=two"` for a number of these, `"<question_type>=<short_answer>"` for another type whose
         short answer is a fact by itself (a color, a level, `"can_fly=no"`). `SAYS_NOTHING` for a refusal, and for a
-        bare yes, no or number, which is true or false only together with its question. Otherwise `""`: the answer
-        stands for itself.
+        bare yes, no or number, which is true or false only together with its question, and for an answer that the
+        short answer contradicts. Otherwise `""`: the answer stands for itself.
     """
-    if question_type not in QUESTION_TYPES or question_type == "description":
+    if question_type not in QUESTION_TYPES or question_type == "description" or not _words(short_answer):
         return ""
+    if not is_correct(answer, short_answer, question_type):
+        return SAYS_NOTHING
     words = _words(answer)
     if question_type == "refusal" or set(words) <= {*_YES_NO, *_WORD_TABLES["counting"]}:
         return SAYS_NOTHING

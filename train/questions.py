@@ -5,6 +5,7 @@ new sentences made of the same words. So a model that answers these has learnt w
 """
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -221,6 +222,14 @@ TRAIN_QUESTIONS: dict[str, tuple[str, ...]] = {
         "What is the age of the main object?",
         "Who is the owner of it?",
         "Which person owns the main object?",
+        "Do you know who took the {image}?",
+        "Which city do you see here?",
+        "Do you know the city?",
+        "How many years old is it?",
+        "Tell me the age of the object.",
+        "Tell me the weight of it.",
+        "Tell me what the weather will be.",
+        "Tell me the day on which this {image} was taken.",
     ),
     "description": (
         "Describe this image in detail.",
@@ -326,6 +335,9 @@ HELD_OUT_QUESTIONS: dict[str, tuple[str, ...]] = {
         "What is the weight of it?",
         "Tell me how old the main object is.",
         "Who owns it?",
+        "Tell me the owner of the main object.",
+        "Do you know how much it would weigh?",
+        "What is written here?",
     ),
     "description": (
         "Write in detail what this {image} looks like.",
@@ -488,7 +500,9 @@ YES_NO_TYPES = ("yes_no_class", "living", "can_fly", "can_swim", "carries_people
 _OPEN_TYPES = ("can_swim", "brighter_half", "brighter_area")
 # An image has one question of a type, and `object` is always among them; two types are drawn apart.
 _DRAWN_TYPES = tuple(name for name in QUESTION_TYPES if name not in ("object", "description", "refusal"))
-MAX_QUESTIONS = 1 + len(_DRAWN_TYPES) - len(_OPEN_TYPES)
+# Those that every image answers.
+COMMON_TYPES = tuple(name for name in ("object", *_DRAWN_TYPES) if name not in _OPEN_TYPES)
+MAX_QUESTIONS = len(COMMON_TYPES)
 
 # How readily a type is drawn for an image where the answer is yes or no: two of ten classes fly, and so on. Found by
 # simulation over classes of equal size, so that the answers come out even.
@@ -504,16 +518,17 @@ def make_questions(
     rng: random.Random,
     count: int = 5,
     phrasing: Literal["train", "held-out"] = "train",
+    types: Collection[str] = QUESTION_TYPES,
 ) -> list[QuestionAnswer]:
     """Draw questions about one image, of distinct types, in random order.
 
-    One is always of type `object`, one is a `description` with probability 1/4 and one a `refusal` with probability
-    0.45 (when `count` leaves room), the others are drawn from the remaining types. Over many images, of classes of
-    equal size, yes and no are equally frequent in each type that they answer: `yes_no_class` asks for the right class
-    half the time, and where the class decides the answer (`living`, `can_fly`, `can_swim`) the type is drawn more
-    often for classes with the rarer answer. `can_swim` is left out where the class does not decide it, `brighter_half`
-    and `brighter_area` where no part is clearly brighter. `counting` asks for wings as often where there are two as
-    where there are none.
+    All are of `types`. One is always of type `object`, one is a `description` with probability 1/4 and one a `refusal`
+    with probability 0.45 (when `count` leaves room), the others are drawn from the remaining types. Over many images,
+    of classes of equal size, yes and no are equally frequent in each type that they answer: `yes_no_class` asks for
+    the right class half the time, and where the class decides the answer (`living`, `can_fly`, `can_swim`) the type
+    is drawn more often for classes with the rarer answer. `can_swim` is left out where the class does not decide it,
+    `brighter_half` and `brighter_area` where no part is clearly brighter. `counting` asks for wings as often where
+    there are two as where there are none.
 
     Args:
         facts (`ImageFacts`): what is known of the image.
@@ -521,25 +536,32 @@ def make_questions(
         count (`int`, *optional*, defaults to 5): how many, 1 to 14.
         phrasing (`str`, *optional*, defaults to `"train"`): `"train"`, or `"held-out"` for the wordings that no
             training sees. The types drawn are the same.
+        types (`Collection[str]`, *optional*): only these of `QUESTION_TYPES`; `count` of them have to be types that
+            every image answers.
 
     Raises:
-        ValueError: if `count` or `phrasing` is out of range.
+        ValueError: if `count`, `phrasing` or `types` is out of range.
     """
-    if not 1 <= count <= MAX_QUESTIONS:
-        raise ValueError(f"`count` has to lie in 1 to {MAX_QUESTIONS}, the number of distinct types, got {count}.")
+    unknown = sorted(set(types) - set(QUESTION_TYPES))
+    if unknown:
+        raise ValueError(f"`types` has to be of {', '.join(QUESTION_TYPES)}, got {unknown[0]!r}.")
+    most = len(set(types) & set(COMMON_TYPES))
+    if not 1 <= count <= most:
+        raise ValueError(f"`count` has to lie in 1 to {most}, the number of types that every image has, got {count}.")
     if phrasing not in PHRASINGS:
         raise ValueError(f"`phrasing` has to be one of {', '.join(PHRASINGS)}, got {phrasing!r}.")
     values = _values(facts)
-    types = _draw_types(values, rng, count)
-    return [_make_question(question_type, facts, values, rng, phrasing) for question_type in types]
+    drawn = _draw_types(values, rng, count, types)
+    return [_make_question(question_type, facts, values, rng, phrasing) for question_type in drawn]
 
 
-def _draw_types(values: dict[str, str], rng: random.Random, count: int) -> list[str]:
-    types = ["object"]
+def _draw_types(values: dict[str, str], rng: random.Random, count: int, wanted: Collection[str]) -> list[str]:
+    types = ["object"] if "object" in wanted else []
     for name, probability in (("description", _DESCRIPTION_PROBABILITY), ("refusal", _REFUSAL_PROBABILITY)):
-        if rng.random() < probability and len(types) < count:
+        if rng.random() < probability and len(types) < count and name in wanted:
             types.append(name)
-    weights = {name: _weight(name, values) for name in _DRAWN_TYPES if name not in _OPEN_TYPES or values[name]}
+    names = [name for name in _DRAWN_TYPES if name in wanted and (name not in _OPEN_TYPES or values[name])]
+    weights = {name: _weight(name, values) for name in names}
     # Weighted draws without replacement: an exponential race (Efraimidis & Spirakis, 2006).
     arrival = {name: rng.expovariate(weight) for name, weight in weights.items()}
     types += sorted(arrival, key=arrival.__getitem__)[: count - len(types)]
@@ -638,6 +660,7 @@ def _with_article(noun: str) -> str:
 
 __all__ = [
     "ANSWERS",
+    "COMMON_TYPES",
     "DESCRIBED",
     "DESCRIPTION_PARTS",
     "HELD_OUT_QUESTIONS",
