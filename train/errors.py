@@ -5,8 +5,6 @@ import os
 import sys
 from collections.abc import Callable
 
-from sigphi.train.heap import return_freed_blocks
-
 
 class UserError(ValueError):
     """A mistake in what the user gave: a flag, a file, a row, a checkpoint of the wrong kind.
@@ -20,14 +18,12 @@ def run_command(main: Callable[[], None], program: str) -> None:
     """Run `main` and end the process with code 2 and the message's lines, without a traceback, on a [`UserError`].
 
     Under a launcher only rank 0 prints, so that the lines appear once. Every other exception passes through: a
-    failure that is not the user's keeps its traceback. The process gives back the memory that it frees, see
-    [`return_freed_blocks`].
+    failure that is not the user's keeps its traceback.
 
     Args:
         main (`Callable`): the command's body.
         program (`str`): the name that starts the printed line, such as `"sigphi train-siglip"`.
     """
-    return_freed_blocks()
     is_first = os.environ.get("RANK", "0") == "0"
     _show_log(logging.INFO if is_first else logging.ERROR)
     try:
