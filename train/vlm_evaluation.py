@@ -72,14 +72,14 @@ def generate_answers(
         model, processor: of the VLM, in evaluation mode.
         image_features (`torch.Tensor` of shape `(images, num_image_tokens, feature_size)`): see [`encode_images`].
         image_indices (`Sequence[int]`): for each question the row of `image_features`.
-        questions (`Sequence[str]`): one a row. Equal questions are answered together, since their answers are about
-            equally long.
+        questions (`Sequence[str]`): one a row. Questions that end alike are answered together: they ask for the same,
+            and their answers are about equally long.
         batch_size (`int`, *optional*, defaults to 64): questions in a step.
         max_new_tokens (`int`, *optional*, defaults to 80): longest answer in tokens.
         log_folder (`Path`, *optional*): keeps the answers of finished batches, so that the same call goes on where a
             killed one stopped. It stays when all are answered.
     """
-    pairs = sorted(set(zip(questions, image_indices, strict=True)))
+    pairs = sorted(set(zip(questions, image_indices, strict=True)), key=lambda pair: (pair[0][::-1], pair[1]))
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     with nullcontext() if log_folder is None else BatchLog(log_folder, {}) as log:
         finished = {} if log_folder is None else finished_batches(log_folder)
