@@ -73,7 +73,7 @@ def no_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 TRAIN_ENCODER = "train-siglip --text-model {base} --output-dir {out} --report-to none"
 TRAIN_VLM = "train-vlm --siglip-checkpoint {encoder} --language-model {base} --output-dir {out} --report-to none"
-DATA = f"--images {TOY_IMAGES} --eval-fraction 0"
+DATA = f"--images {TOY_IMAGES} --eval-fraction 0 --eval-strategy no"
 
 # What is typed, and what the message has to hold: the value, the place and the remedy.
 MISTAKES = {
@@ -125,6 +125,10 @@ for command in (TRAIN_ENCODER, TRAIN_VLM):
         f"faulty answer, {stage}": (
             f"{command} {DATA} --input-csv {{error.csv}}",
             ["line 3 column A1", "--on-faulty-answers skip"],
+        ),
+        f"nothing to evaluate on, {stage}": (
+            f"{command} --images {TOY_IMAGES} --eval-fraction 0 --input-csv {{good.csv}}",
+            ["--eval-fraction 0", "--eval-strategy no"],
         ),
         f"no such images, {stage}": (
             f"{command} --images {{none}} --input-csv {{good.csv}}",

@@ -278,6 +278,15 @@ def one_of(option: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise UserError(f"{option} must be one of {', '.join(map(str, allowed))}, got {value!r}.")
 
 
+def check_evaluation(data: DataArguments, training: TrainingArguments) -> None:
+    """Raise a [`UserError`] if evaluations during training are wanted and no image is held out for them."""
+    if data.eval_fraction == 0 and training.eval_strategy != "no":
+        raise UserError(
+            "--eval-fraction 0 holds out no image to evaluate on during training: add --eval-strategy no, or hold out "
+            "more."
+        )
+
+
 def choose_attn_implementation(requested: str) -> str:
     """
     The attention implementation for `--attn-implementation`.
@@ -329,6 +338,7 @@ __all__ = [
     "SiglipTrainingArguments",
     "VlmModelArguments",
     "VlmTrainingArguments",
+    "check_evaluation",
     "check_launch",
     "choose_attn_implementation",
     "one_of",

@@ -42,7 +42,8 @@ def write_loss_curve(log_history: list[dict[str, Any]], folder: Path) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(folder / "loss_curve.png", dpi=120)
 
 

@@ -19,7 +19,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig, SiglipResNetVisionConfig
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel, SiglipResNetVisionModel
 from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
-from sigphi.train.arguments import DataArguments, SiglipModelArguments, SiglipTrainingArguments
+from sigphi.train.arguments import DataArguments, SiglipModelArguments, SiglipTrainingArguments, check_evaluation
 from sigphi.train.checkpoints import read_config
 from sigphi.train.collators import SiglipCollator, text_key
 from sigphi.train.data import distinct_images, load_data
@@ -232,6 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     model_arguments, data_arguments, arguments = parse_arguments(
         [SiglipModelArguments, DataArguments, SiglipTrainingArguments], argv, "sigphi train-siglip"
     )
+    check_evaluation(data_arguments, arguments)
     set_seed(arguments.seed)
     data = load_data(data_arguments)
     model, processor = build_encoder(model_arguments)

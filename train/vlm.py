@@ -19,7 +19,13 @@ from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel
 from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration
 from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
 from sigphi.processing.processing_sigphi import SigPhiProcessor
-from sigphi.train.arguments import DataArguments, VlmModelArguments, VlmTrainingArguments, choose_attn_implementation
+from sigphi.train.arguments import (
+    DataArguments,
+    VlmModelArguments,
+    VlmTrainingArguments,
+    check_evaluation,
+    choose_attn_implementation,
+)
 from sigphi.train.callbacks import LooksAtImageCallback, watched_rows
 from sigphi.train.checkpoints import read_config
 from sigphi.train.collators import VlmCollator
@@ -138,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     model_arguments, data_arguments, arguments = parse_arguments(
         [VlmModelArguments, DataArguments, VlmTrainingArguments], argv, "sigphi train-vlm"
     )
+    check_evaluation(data_arguments, arguments)
     check_models(model_arguments)
     set_seed(arguments.seed)
     data = load_data(data_arguments)
