@@ -145,7 +145,8 @@ def image_rows(dataset: datasets.Dataset) -> tuple[datasets.Dataset, torch.Tenso
         the answers state of the image) and `label`, and a `torch.ByteTensor` of shape `(images, 3, height, width)`.
     """
     images, positions = distinct_images(dataset)
-    texts, facts, known = defaultdict(list), defaultdict(list), defaultdict(set)
+    texts, facts = defaultdict(list), defaultdict(list)
+    known: defaultdict[int, set[str]] = defaultdict(set)
     columns = (positions, dataset["answer"], dataset["question_type"], dataset["short_answer"])
     for position, answer, question_type, short_answer in zip(*columns, strict=True):
         texts[position].append(answer)
