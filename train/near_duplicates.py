@@ -34,7 +34,7 @@ def near_duplicates(
     Returns:
         `list[tuple[int, int, float]]`: row in `first`, row in `second` and dot product, by the rows.
     """
-    pairs = []
+    pairs: list[tuple[int, int, float]] = []
     for start in range(0, len(first), _IMAGES_AT_ONCE):
         alike = first[start : start + _IMAGES_AT_ONCE] @ second.T  # (block, num_second)
         rows, columns = torch.nonzero(alike > threshold, as_tuple=True)

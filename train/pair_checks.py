@@ -295,8 +295,8 @@ def _report_repeated(pairs: dict[str, np.ndarray], path: Path, findings: Finding
             for position in np.argsort(again)[: findings.max_places]
         ]
         first = again.min()
-        [(_, _, question, answer)] = _pairs_at(path, [(pairs["line"][first], pairs["pair"][first])])
-        findings.add_all("repeated question", len(again), places, f"{question!r}, here answered by {answer!r}")
+        [(_, _, asked, answer)] = _pairs_at(path, [(pairs["line"][first], pairs["pair"][first])])
+        findings.add_all("repeated question", len(again), places, f"{asked!r}, here answered by {answer!r}")
 
 
 def _place(pairs: dict[str, np.ndarray], position: int) -> str:
