@@ -15,18 +15,12 @@ from transformers.hf_argparser import HfArg
 
 from sigphi.train.check_report import CheckReport, Findings, Problem, counted, format_report
 from sigphi.train.errors import UserError
-from sigphi.train.leaks import (
-    Lines,
-    lines_of_evaluation,
-    note_lines,
-    report_near_duplicates,
-    report_shared_images,
-)
+from sigphi.train.leaks import lines_of_evaluation, report_near_duplicates, report_shared_images
 from sigphi.train.lenient_csv import read_tables
 from sigphi.train.pair_checks import Repetitions, check_answers, check_texts
 from sigphi.train.parser import parse_arguments
 from sigphi.train.qa_csv import IMAGE_SPLITS, OPTIONAL_COLUMNS, PAIRS, REQUIRED_COLUMNS, one_row_a_pair
-from sigphi.train.row_checks import ImageSets, check_header, locate_images
+from sigphi.train.row_checks import ImageSets, Lines, check_header, locate_images
 
 _COLUMNS = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS, "Class_Label")
 
@@ -70,7 +64,6 @@ def check_csv(
     path, image_sets, findings, repetitions = Path(path), ImageSets(images), Findings(max_places), Repetitions()
     check_header(path, image_split, findings)
     num_rows = num_pairs = 0
-    lines: Lines = {}
     for table in read_tables(path, _COLUMNS, findings.add):
         table = locate_images(table, image_sets, image_split, findings)
         rows = _pairs_of(table)
@@ -79,8 +72,7 @@ def check_csv(
         repetitions.add(usable)
         num_rows += len(table)
         num_pairs += int(((rows["question"] != "") & (rows["answer"] != "")).sum())
-        note_lines(lines, usable)
-    repetitions.report(path, findings)
+    lines = repetitions.report(path, findings)
     if num_pairs == 0:
         findings.add("no pairs", "line 1", "no row has both a question and an answer")
     _check_leaks(lines, image_sets, image_split, eval_csv, findings)

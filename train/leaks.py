@@ -2,26 +2,16 @@
 
 from pathlib import Path
 
-import pandas as pd
+import numpy as np
 import torch
 
 from sigphi.train.check_report import Findings
 from sigphi.train.errors import UserError
 from sigphi.train.images import load_images
 from sigphi.train.lenient_csv import read_header, read_tables
-from sigphi.train.near_duplicates import image_details, near_duplicates
+from sigphi.train.near_duplicates import near_duplicates, small_pictures
 from sigphi.train.qa_csv import IMAGE_SPLITS
-from sigphi.train.row_checks import ImageSets, locate_images
-
-# Split and index of an image -> the first line that asks about it.
-Lines = dict[tuple[str, int], int]
-
-
-def note_lines(lines: Lines, rows: pd.DataFrame) -> None:
-    """Add the images of `rows`, which have the columns `line`, `split` and `dataset_index` of `QaTable.rows`."""
-    known = rows[(rows["dataset_index"] >= 0) & (rows["split"] != "")].drop_duplicates("line")
-    for line, split, index in zip(*(known[name].tolist() for name in ("line", "split", "dataset_index")), strict=True):
-        lines.setdefault((split, index), line)
+from sigphi.train.row_checks import ImageSets, Lines, first_lines, image_numbers, locate_images
 
 
 def lines_of_evaluation(path: Path, image_sets: ImageSets, image_split: str | None) -> Lines:
@@ -38,11 +28,13 @@ def lines_of_evaluation(path: Path, image_sets: ImageSets, image_split: str | No
     header = read_header(path)
     if "Split" not in header and image_split is None:
         raise UserError(f"--eval-csv {path} has no column Split; give --image-split train or --image-split test.")
-    lines: Lines = {}
+    images, lines_of_rows = [], []
     ignored = Findings(max_places=0)
     for table in read_tables(path, ("Dataset_Index", "Split"), ignored.add):
         located = locate_images(table, image_sets, None if "Split" in header else image_split, ignored)
-        note_lines(lines, located.rename(columns={"Split": "split", "Dataset_Index": "dataset_index"}))
+        images.append(image_numbers(located["Split"], located["Dataset_Index"]))
+        lines_of_rows.append(located["line"].to_numpy())
+    lines = first_lines(np.concatenate(images), np.concatenate(lines_of_rows)) if images else {}
     if not lines:
         raise UserError(f"--eval-csv {path} names no image; see `sigphi data check {path}`.")
     return lines
@@ -67,9 +59,9 @@ def report_near_duplicates(learned: Lines, tested: Lines, of_file: str, source: 
         source (`str`): where the images are, see [`load_images`].
         findings (`Findings`): gets the problems.
     """
-    for split, (indices, details) in _details(learned, source).items():
-        for other_split, (other_indices, other_details) in _details(tested, source).items():
-            for row, other_row, likeness in near_duplicates(details, other_details):
+    for split, (indices, pictures) in _pictures(learned, source).items():
+        for other_split, (other_indices, other_pictures) in _pictures(tested, source).items():
+            for row, other_row, likeness in near_duplicates(pictures, other_pictures):
                 image, other = (split, indices[row]), (other_split, other_indices[other_row])
                 if image != other:
                     names = f"{split} image {image[1]} is like {other_split} image {other[1]}"
@@ -77,14 +69,14 @@ def report_near_duplicates(learned: Lines, tested: Lines, of_file: str, source: 
                     findings.add("near-duplicate image", place, f"{names}, by {likeness:.3f} of at most 1")
 
 
-def _details(lines: Lines, source: str) -> dict[str, tuple[list[int], torch.Tensor]]:
-    """For each split of these images their indices and [`image_details`], in one order."""
-    details = {}
+def _pictures(lines: Lines, source: str) -> dict[str, tuple[list[int], torch.Tensor]]:
+    """For each split of these images their indices and [`small_pictures`], in one order."""
+    pictures = {}
     for wanted in IMAGE_SPLITS:
         indices = sorted(index for split, index in lines if split == wanted)
         if indices:
-            details[wanted] = indices, image_details(load_images(source, wanted), indices)
-    return details
+            pictures[wanted] = indices, small_pictures(load_images(source, wanted), indices)
+    return pictures
 
 
-__all__ = ["Lines", "lines_of_evaluation", "note_lines", "report_near_duplicates", "report_shared_images"]
+__all__ = ["lines_of_evaluation", "report_near_duplicates", "report_shared_images"]

@@ -46,8 +46,10 @@ def read_tables(path: Path, columns: Sequence[str], report: Callable[[str, str, 
     positions = {name: header.index(name) for name in columns if name in header}
     sound = _full_rows(rows, len(header), report)
     while chunk := list(islice(sound, _ROWS_A_TABLE)):
-        table = {name: [cells[position] for _, cells in chunk] for name, position in positions.items()}
-        yield pd.DataFrame({"line": [line for line, _ in chunk]} | table)
+        lines, cells = zip(*chunk, strict=True)
+        columns_of_cells = list(zip(*cells, strict=True))
+        table = {name: columns_of_cells[position] for name, position in positions.items()}
+        yield pd.DataFrame({"line": lines} | table)
 
 
 def _full_rows(

@@ -17,6 +17,7 @@ from sigphi.train.judging import CLASS_OF_WORD, asks_for_object, competing_value
 from sigphi.train.lenient_csv import iterate_rows
 from sigphi.train.qa_csv import IMAGE_PLACEHOLDER
 from sigphi.train.questions import QUESTION_TYPES
+from sigphi.train.row_checks import Lines, first_lines, image_numbers
 
 _TEXTS = {"Q": "question", "A": "answer"}
 _JUDGED = ("question", "answer", "question_type", "short_answer", "class_name")
@@ -54,8 +55,6 @@ _PLACEHOLDER = re.escape(IMAGE_PLACEHOLDER)
 _CLASS_WORD = rf"(?i)\b(?:{'|'.join(CLASS_OF_WORD)})\b"
 # How the last sentence of a question begins if [`asks_for_object`].
 _OBJECT_QUESTION_START = r"(?i)(?:^|[.?!]\s+)[^a-z0-9]*(?:what|which|please|name|identify)\b[^.?!]*[.?!]*\s*$"
-# Questions and answers repeat, and most verdicts need no look at the text.
-_CACHED_TEXTS = 100_000
 
 
 def _matches(texts: pd.Series, pattern: str) -> np.ndarray:
@@ -130,12 +129,15 @@ def check_answers(rows: pd.DataFrame, findings: Findings) -> None:
     is_typed = rows["question_type"].isin(QUESTION_TYPES)
     has_class = rows["class_name"] != ""
     judged = rows[is_typed | (has_class & _matches(rows["question"], _OBJECT_QUESTION_START))]
-    verdicts = pd.Series([_verdict(*cells) for cells in _tuples(judged, *_JUDGED)], index=judged.index, dtype=object)
+    # The type says what most questions ask for, and then their wordings can share a verdict.
+    is_worded = ~judged["question_type"].isin(QUESTION_TYPES) | (judged["question_type"] == "yes_no_class")
+    asked = judged.assign(question=judged["question"].where(is_worded, ""))
+    verdicts = pd.Series([_verdict(*cells) for cells in _tuples(asked, *_JUDGED)], index=judged.index, dtype=object)
     for kind in ("contradicted label", "unclear answer", "missed short answer"):
         _report_answers(findings, kind, judged[verdicts == kind])
     others = rows.drop(verdicts.index[verdicts != ""])
     others = others[(others["class_name"] != "") & _matches(others["answer"], _CLASS_WORD) & ~_name_own_class(others)]
-    is_foreign = [bool(_named_classes(answer)) for answer in others["answer"].tolist()]
+    is_foreign = [bool(named_classes(answer)) for answer in others["answer"].tolist()]
     _report_answers(findings, "foreign class", others[is_foreign])
 
 
@@ -158,6 +160,8 @@ def _report_answers(findings: Findings, kind: str, rows: pd.DataFrame) -> None:
         findings.add_all(kind, len(rows), places, example)
 
 
+# Answers repeat, and most need no look at the text.
+@lru_cache(maxsize=100_000)
 def _verdict(question: str, answer: str, question_type: str, short_answer: str, class_name: str) -> str:
     """The kind of problem of an answer to a question with a type or to one for the object, empty where it has none."""
     judged_as, expected = _expected_answer(question, question_type, class_name)
@@ -170,7 +174,7 @@ def _verdict(question: str, answer: str, question_type: str, short_answer: str, 
 
 def _names_another(answer: str, expected: str, question_type: str) -> bool:
     if question_type in ("object", "comparison"):
-        named = _named_classes(answer)
+        named = named_classes(answer)
         return bool(named) and expected not in named
     return any(_is_correct(answer, value, question_type) for value in competing_values(question_type))
 
@@ -181,10 +185,10 @@ def _expected_answer(question: str, question_type: str, class_name: str) -> tupl
         return question_type, ""
     if question_type in QUESTION_TYPES:
         if question_type == "yes_no_class":
-            asked = _named_classes(question)
+            asked = named_classes(question)
             return question_type, ("yes" if asked == {class_name} else "no") if len(asked) == 1 else ""
         return question_type, _FACTS_OF_CLASS[class_name].get(question_type, "")
-    return "object", class_name if _asks_for_object(question) else ""
+    return "object", class_name if asks_for_object(question) else ""
 
 
 def _facts_of_class(label: int) -> dict[str, str]:
@@ -205,16 +209,11 @@ def _facts_of_class(label: int) -> dict[str, str]:
 _FACTS_OF_CLASS = {name: _facts_of_class(label) for label, name in enumerate(CLASS_NAMES)}
 
 
-@lru_cache(maxsize=_CACHED_TEXTS)
 def _is_correct(answer: str, short_answer: str, question_type: str) -> bool:
     try:
         return is_correct(answer, short_answer, question_type)
     except ValueError:  # the short answer holds nothing to judge by
         return False
-
-
-_named_classes = lru_cache(maxsize=_CACHED_TEXTS)(named_classes)
-_asks_for_object = lru_cache(maxsize=_CACHED_TEXTS)(asks_for_object)
 
 
 class Repetitions:
@@ -235,28 +234,36 @@ class Repetitions:
             rows (`pandas.DataFrame`): with the columns of `QaTable.rows`, -1 for an index that is not known.
         """
         is_typed = (rows["question_type"] != "") & (rows["short_answer"] != "")
-        value = rows["answer"].where(~is_typed, rows["short_answer"])
+        values = _hashes(rows["answer"].where(~is_typed, rows["short_answer"]))
+        # A number of its own for each answer that may be the same everywhere.
+        own = (8 * rows["line"] + rows["pair"]).to_numpy(np.int64)
         self._chunks.append(
             {
                 "line": rows["line"].to_numpy(np.int32),
                 "pair": rows["pair"].to_numpy(np.int8),
-                "image": _image_numbers(rows),
+                "image": image_numbers(rows["split"], rows["dataset_index"]),
                 "question": _hashes(rows["question"]),
-                "value": _hashes(value),
-                "may_repeat": (rows["question_type"] == _CONSTANT_TYPE).to_numpy(),
+                "value": np.where(rows["question_type"] == _CONSTANT_TYPE, own, values),
             }
         )
         typed = rows[is_typed]
         self._values_of_type.update(_tuples(typed, "question_type", "short_answer"))
 
-    def report(self, path: Path, findings: Findings) -> None:
-        """Report what all rows together show; `path` is read again for the texts of what is found."""
+    def report(self, path: Path, findings: Findings) -> Lines:
+        """Report what all rows together show; `path` is read again for the texts of what is found.
+
+        Returns:
+            `dict`: split and index of each image -> the first line that asks about it.
+        """
         if not self._chunks:
-            return
+            return {}
         pairs = {name: np.concatenate([chunk.pop(name) for chunk in self._chunks]) for name in list(self._chunks[0])}
         _report_repeated(pairs, path, findings)
+        lines = first_lines(pairs["image"], pairs["line"])
+        del pairs["image"]
         _report_constant(pairs, path, findings)
         self._report_constant_types(findings)
+        return lines
 
     def _report_constant_types(self, findings: Findings) -> None:
         totals: Counter[str] = Counter()
@@ -269,12 +276,6 @@ class Repetitions:
                 findings.add("constant answer", place, place)
 
 
-def _image_numbers(rows: pd.DataFrame) -> np.ndarray:
-    """An int64 for each row, equal for equal images, negative for an unknown one."""
-    of_split = (rows["split"] == "train") + 2 * (rows["split"] == "test")
-    return (rows["dataset_index"] * 3 + of_split).to_numpy(np.int64)
-
-
 def _hashes(texts: pd.Series) -> np.ndarray:
     plain = texts.str.lower()
     is_odd = _matches(plain, r"\s\s|[\t\n\v\f\r]")
@@ -285,18 +286,22 @@ def _hashes(texts: pd.Series) -> np.ndarray:
 
 
 def _report_repeated(pairs: dict[str, np.ndarray], path: Path, findings: Findings) -> None:
-    order = np.lexsort((pairs["question"], pairs["image"]))  # stable: equal ones stay in the order of the file
-    image, question = pairs["image"][order], pairs["question"][order]
-    is_again = (image[1:] == image[:-1]) & (question[1:] == question[:-1]) & (image[1:] >= 0)
-    again, before = order[1:][is_again], order[:-1][is_again]
+    known = np.flatnonzero(pairs["image"] >= 0)
+    asked = _joined(pairs["image"][known], pairs["question"][known])
+    order = np.argsort(asked, kind="stable")  # equal ones stay in the order of the file
+    is_again = asked[order[1:]] == asked[order[:-1]]
+    again, before = known[order[1:][is_again]], known[order[:-1][is_again]]
     if len(again):
-        places = [
-            f"{_place(pairs, again[position])} asks the same as {_place(pairs, before[position])}"
-            for position in np.argsort(again)[: findings.max_places]
-        ]
-        first = again.min()
-        [(_, _, asked, answer)] = _pairs_at(path, [(pairs["line"][first], pairs["pair"][first])])
-        findings.add_all("repeated question", len(again), places, f"{asked!r}, here answered by {answer!r}")
+        in_file_order = np.argsort(again)[: findings.max_places]
+        shown = zip(again[in_file_order], before[in_file_order], strict=True)
+        places = [f"{_place(pairs, second)} asks the same as {_place(pairs, first)}" for second, first in shown]
+        [(_, _, question, answer)] = _pairs_at(path, [(pairs["line"][again.min()], pairs["pair"][again.min()])])
+        findings.add_all("repeated question", len(again), places, f"{question!r}, here answered by {answer!r}")
+
+
+def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """One number for two, at least one of them a hash; integers of numpy wrap around."""
+    return first * 31 + second
 
 
 def _place(pairs: dict[str, np.ndarray], position: int) -> str:
@@ -304,12 +309,19 @@ def _place(pairs: dict[str, np.ndarray], position: int) -> str:
 
 
 def _report_constant(pairs: dict[str, np.ndarray], path: Path, findings: Findings) -> None:
-    pairs = {name: values[~pairs["may_repeat"]] for name, values in pairs.items()}
     questions, times_asked = np.unique(pairs["question"], return_counts=True)
-    # One number for question and value together; integers of numpy wrap around.
-    _, first, given = np.unique(pairs["question"] * 31 + pairs["value"], return_index=True, return_counts=True)
-    asked = times_asked[np.searchsorted(questions, pairs["question"][first])]
-    is_constant = (asked >= _MIN_ASKED) & (given > _MAX_SHARE * asked)
+    is_frequent = times_asked >= _MIN_ASKED
+    questions, times_asked = questions[is_frequent], times_asked[is_frequent]
+    if len(questions) == 0:
+        return
+    # Most questions of a large file may be rare: what follows is of the frequent ones.
+    number = np.searchsorted(questions, pairs["question"]).clip(max=len(questions) - 1)
+    frequent = np.flatnonzero(questions[number] == pairs["question"])
+    answered = _joined(pairs["question"][frequent], pairs["value"][frequent])
+    _, first, given = np.unique(answered, return_index=True, return_counts=True)
+    first = frequent[first]
+    asked = times_asked[number[first]]
+    is_constant = given > _MAX_SHARE * asked
     constant = sorted(zip(first[is_constant], given[is_constant], asked[is_constant], strict=True))
     if not constant:
         return

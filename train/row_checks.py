@@ -13,6 +13,11 @@ from sigphi.train.judging import is_correct
 from sigphi.train.lenient_csv import read_header
 from sigphi.train.qa_csv import IMAGE_SPLITS, OPTIONAL_COLUMNS, REQUIRED_COLUMNS, parse_indices
 
+# The empty one stands for a split that is not known.
+_SPLITS = (*IMAGE_SPLITS, "")
+# Split and index of an image -> the first line that asks about it.
+Lines = dict[tuple[str, int], int]
+
 # What `Dataset_Index` counts in where no images are given.
 _CIFAR10_SIZES = {"train": 50_000, "test": 10_000}
 
@@ -85,6 +90,25 @@ def locate_images(
     return table.assign(Split=splits, Dataset_Index=indices, class_name=pd.Series(class_names, dtype=str))
 
 
+def image_numbers(splits: pd.Series, indices: pd.Series) -> np.ndarray:
+    """An int64 for each image of [`locate_images`], negative where its index is not known."""
+    of_split = pd.Categorical(splits, categories=_SPLITS).codes
+    return (indices * len(_SPLITS) + of_split).to_numpy(np.int64)
+
+
+def first_lines(images: np.ndarray, lines: np.ndarray) -> Lines:
+    """The first line of each image of which both split and index are known.
+
+    Args:
+        images (`np.ndarray` of shape `(num_rows,)`, int64): of [`image_numbers`].
+        lines (`np.ndarray` of shape `(num_rows,)`): ascending.
+    """
+    distinct, first = np.unique(images, return_index=True)
+    indices, splits = np.divmod(distinct, len(_SPLITS))
+    places = zip(splits.tolist(), indices.tolist(), lines[first].tolist(), strict=True)
+    return {(_SPLITS[split], index): line for split, index, line in places if index >= 0 and _SPLITS[split]}
+
+
 def _checked_splits(table: pd.DataFrame, image_split: str | None, findings: Findings) -> pd.Series:
     if "Split" not in table:
         return pd.Series(image_split or "", index=table.index, dtype=str)
@@ -127,4 +151,4 @@ def _class_of(text: str) -> str:
     return next((name for name in CLASS_NAMES if is_correct(text, name, "object")), "")
 
 
-__all__ = ["ImageSets", "check_header", "locate_images"]
+__all__ = ["ImageSets", "Lines", "check_header", "first_lines", "image_numbers", "locate_images"]
