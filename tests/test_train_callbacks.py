@@ -321,7 +321,10 @@ def test_a_blind_model_is_saved_before_the_command_fails(toy_csv, toy_base, enco
     [
         (["--eval-samples", "-1"], ["--eval-samples", "-1"]),
         (["--stop-if-blind", "--eval-samples", "0"], ["--stop-if-blind", "--eval-samples"]),
-        (["--stop-if-blind", "--eval-fraction", "0"], ["--stop-if-blind", "--eval-fraction"]),
+        (
+            ["--stop-if-blind", "--eval-fraction", "0", "--eval-strategy", "no"],
+            ["--stop-if-blind", "--eval-fraction"],
+        ),
     ],
 )
 def test_a_watch_that_cannot_be_kept_is_refused_before_anything_loads(
