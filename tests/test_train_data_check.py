@@ -570,6 +570,16 @@ def test_the_report_puts_errors_first_and_gives_every_line() -> None:
     assert max(map(len, text.split("\n"))) <= 119
 
 
+def test_the_report_shows_what_cannot_be_printed_and_cuts_what_is_long() -> None:
+    findings = Findings(max_places=3)
+    findings.add("damaged text", "line 2 column A1", "a\x1b[2Jb\x00" + "c" * 1000)
+    findings.add("empty pair", "line 3 column Q1", "")
+    text = format_report(CheckReport(findings.problems(), 2, 9, 1))
+    assert r"example: a\x1b[2Jb\x00ccc" in text and "\x1b" not in text
+    assert text.count("c" * 20) < 20 and " ...\n" in text
+    assert text.count("example:") == 1
+
+
 def test_errors_come_before_warnings_in_the_table_of_kinds() -> None:
     levels = [is_error for is_error, _ in KINDS.values()]
     assert levels == sorted(levels, reverse=True)

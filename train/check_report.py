@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 # Kind of problem -> whether it is an error (otherwise a warning), and the remedy. The report keeps this order.
 KINDS: dict[str, tuple[bool, str]] = {
-    "missing column": (True, "Add the column; the header is line 1, with Dataset_Index, Q1 to Q5 and A1 to A5."),
+    "not UTF-8": (True, "Save the file as CSV in UTF-8."),
+    "missing column": (True, "Add the column; line 1 is the header, and commas stand between its names."),
     "repeated column": (True, "Rename or remove all but one column of this name."),
     "no pairs": (True, "Fill Q1 and A1 of at least one row."),
     "malformed row": (True, "Put cells with commas, quotes or line breaks in double quotes, and double inner quotes."),
-    "not UTF-8": (True, "Save the file as CSV in UTF-8."),
     "damaged text": (True, "Write the text again from its source, read as UTF-8."),
     "unknown split": (True, "Say which split Dataset_Index counts in: --image-split train or test."),
     "bad split": (True, "Write train or test; --image-split must not contradict the column, leave it out."),
@@ -134,17 +134,21 @@ def counted(number: int, noun: str) -> str:
 def _format_problem(problem: Problem) -> str:
     more = problem.count - len(problem.places)
     places = "; ".join(problem.places) + (f"; {more} more" if more else "")
+    texts = {"at": places, "example": _shown(problem.example), "remedy": problem.remedy}
     lines = [f"{'ERROR' if problem.is_error else 'warning'}  {problem.kind}: {problem.count}"]
-    for title, text in (("at", places), ("example", _shortened(problem.example)), ("remedy", problem.remedy)):
-        lines += textwrap.wrap(
-            f"{title + ':':9}{text}", _WIDTH, initial_indent="  ", subsequent_indent=" " * 11, break_on_hyphens=False
-        )
+    for title, text in texts.items():
+        if text:
+            lines += _wrapped(f"{title + ':':9}{text}")
     return "\n".join(lines) + "\n"
 
 
-def _shortened(text: str) -> str:
-    """On one line and of a length that can be read."""
-    text = " ".join(text.split())
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent=" " * 11, break_on_hyphens=False)
+
+
+def _shown(text: str) -> str:
+    """On one line, of a length that can be read, and without what would steer a terminal."""
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(text.split()))
     return text if len(text) <= _EXAMPLE_LENGTH else f"{text[:_EXAMPLE_LENGTH]} ..."
 
 

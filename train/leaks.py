@@ -42,7 +42,7 @@ def lines_of_evaluation(path: Path, image_sets: ImageSets, image_split: str | No
 
 def report_shared_images(learned: Lines, tested: Lines, eval_csv: str | Path, findings: Findings) -> None:
     """Report the images that are in the CSV and in `eval_csv`."""
-    shared = [image for image in learned if image in tested]
+    shared = sorted((image for image in learned if image in tested), key=learned.__getitem__)
     if shared:
         split, index = shared[0]
         example = f"{split} image {index} is in line {tested[shared[0]]} of {eval_csv} too"
