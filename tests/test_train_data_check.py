@@ -194,7 +194,7 @@ def test_a_row_that_is_no_csv_costs_no_other_row(qa_csv: Path) -> None:
 def test_rows_are_read_as_the_csv_module_reads_them(qa_csv: Path) -> None:
     write(qa_csv, [row(1, " a ", 'b "c", d', "e\nf", "é"), row(2)])
     with qa_csv.open(newline="", encoding="utf-8") as file:
-        naive = [[cell.strip() for cell in cells] for cells in csv.reader(file)]
+        naive = [tuple(cell.strip() for cell in cells) for cells in csv.reader(file)]
     rows = list(iterate_rows(qa_csv, pytest.fail))
     assert [cells for _, cells in rows] == naive
     assert [line for line, _ in rows] == [1, 2, 4]

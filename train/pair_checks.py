@@ -340,7 +340,7 @@ def _pairs_at(path: Path, places: list[tuple[int, int]]) -> list[tuple[int, int,
     rows = iterate_rows(path, lambda kind, line, example: None)
     _, header = next(rows)
     wanted = {line for line, _ in places}
-    cells: dict[int, list[str]] = {}
+    cells: dict[int, tuple[str, ...]] = {}
     while len(cells) < len(wanted):
         line, row = next(rows)
         if line in wanted:
