@@ -27,11 +27,13 @@ def llama_folder(shared: dict[str, Any], tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-def build(encoder: Any, folder: Path, **options: Any) -> SigPhiForConditionalGeneration:
+def build(
+    encoder: Any, folder: Path, dtype: torch.dtype = torch.float32, **options: Any
+) -> SigPhiForConditionalGeneration:
     arguments = VlmModelArguments(
         siglip_checkpoint="encoder", language_model=str(folder), **{"lora_dropout": 0.0, **options}
     )
-    language_model = load_language_model(arguments, torch.float32, "sdpa", torch.device("cpu"))
+    language_model = load_language_model(arguments, dtype, "sdpa", torch.device("cpu"))
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
     return build_vlm(encoder.vision_model, language_model, tokenizer, arguments)
 
@@ -90,6 +92,18 @@ def test_only_lora_and_projector_are_trained_in_float32(qlora_vlm):
     expected = {n for n, _ in qlora_vlm.named_parameters() if "lora_" in n or ".multi_modal_projector." in n}
     assert set(trained) == expected
     assert all(parameter.dtype == torch.float32 for parameter in trained.values())
+
+
+@pytest.mark.parametrize(("bits", "tuning"), [(4, "lora"), (8, "lora"), (16, "lora")])
+def test_what_is_trained_is_float32_on_a_base_in_bfloat16(tiny_encoder, base_folder, bits, tuning):
+    model = build(tiny_encoder, base_folder, torch.bfloat16, bits=bits, tuning=tuning)
+    trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    assert trained == {torch.float32}
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch_for(model)).loss.backward()
+    assert all(p.grad.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
 
 
 def test_the_config_names_the_base(qlora_vlm, base_folder):

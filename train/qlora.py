@@ -96,8 +96,12 @@ def build_vlm(
     else:
         model.model.language_model.requires_grad_(True)
         model.lm_head.requires_grad_(True)
-    # float32 master weights of what is trained: an update of 1e-4 is below bfloat16's resolution.
-    model.model.multi_modal_projector.to(torch.float32).requires_grad_(True)
+    model.model.multi_modal_projector.requires_grad_(True)
+    # float32 master weights of what is trained: an update of 1e-4 is below bfloat16's resolution. PEFT gives LoRA the
+    # precision of a base that is not quantised.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
     return model
 
 
