@@ -1,4 +1,4 @@
-"""Render the README's table of results from benchmarks/results/*.json.
+"""Render the tables of figures in the README and in docs/ from benchmarks/results/*.json.
 
 python benchmarks/readme.py
 """
@@ -10,7 +10,6 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-MARKED = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.DOTALL)
 
 
 def read(name: str) -> dict[str, Any]:
@@ -52,10 +51,36 @@ def table() -> str:
     )
 
 
+def memory_table() -> str:
+    """The configurations of benchmarks/plan.py."""
+    configurations = read("plan")["configurations"]
+    lines = "| training | estimated | measured | error | measured, heap of glibc |\n| --- | --- | --- | --- | --- |\n"
+    for name, result in configurations.items():
+        sizes = [result[f"{kind}_bytes"] / 1e6 for kind in ("estimated", "measured")]
+        default = result["measured_bytes_default_heap"] / 1e6
+        lines += f"| {name} | {sizes[0]:,.0f} MB | {sizes[1]:,.0f} MB | {result['error']:+.1%} | {default:,.0f} MB |\n"
+    return f"{lines}\nPeaks of three training steps on a CPU, above what the imports take (benchmarks/plan.py).\n"
+
+
+# File -> what stands between which marks.
+TABLES = {"README.md": {"results": table}}
+
+
+def render(file: str) -> str:
+    """The text of a file of [`TABLES`] with its tables as the result files have them."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    for mark, content in TABLES[file].items():
+        marked = re.compile(rf"(?<=<!-- {mark} -->\n).*?(?=<!-- /{mark} -->)", re.DOTALL)
+        if not marked.search(text):
+            raise ValueError(f"{file} has no line <!-- {mark} --> with its end <!-- /{mark} -->.")
+        text = marked.sub(lambda _, content=content: content(), text)
+    return text
+
+
 def main() -> None:
-    """Rewrite the marked part of the README."""
-    readme = ROOT / "README.md"
-    readme.write_text(MARKED.sub(lambda _: table(), readme.read_text(encoding="utf-8")), encoding="utf-8")
+    """Rewrite what stands between the marks."""
+    for file in TABLES:
+        (ROOT / file).write_text(render(file), encoding="utf-8")
 
 
 if __name__ == "__main__":

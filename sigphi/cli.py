@@ -17,6 +17,7 @@ from sigphi.train.errors import UserError, run_command
 COMMANDS = {
     "quickstart": ("sigphi.train.quickstart", "run the whole pipeline with tiny models, on CPU, without network"),
     "data": ("sigphi.train.data", "make, check, annotate and publish CSV files of questions and answers"),
+    "plan": ("sigphi.train.plan", "tell before a training whether it fits, how long it takes, and what to change"),
     "train-siglip": ("sigphi.train.siglip", "train the image-text encoder (stage 1)"),
     "train-vlm": ("sigphi.train.vlm", "train the vision-language model on top of it (stage 2)"),
     "evaluate": ("sigphi.train.evaluation", "measure a model and write eval_results.json"),
