@@ -120,6 +120,8 @@ class SiglipResNetOutput(ModelOutput):
         logits_per_image (`torch.FloatTensor` of shape `(images, texts)`): `exp(t') * x . y + b`, before the sigmoid.
         logits_per_text (`torch.FloatTensor` of shape `(texts, images)`): its transpose.
         text_model_output, vision_model_output (`BaseModelOutputWithPooling`): what the towers return.
+        pooler_output (`torch.FloatTensor` of shape `(images, projection_dim)`): `image_embeds`, where images alone are
+            given: the name under which `pipeline("image-feature-extraction")` looks for it.
     """
 
     loss: torch.FloatTensor | None = None
@@ -129,6 +131,7 @@ class SiglipResNetOutput(ModelOutput):
     image_embeds: torch.FloatTensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: BaseModelOutputWithPooling | None = None
+    pooler_output: torch.FloatTensor | None = None
 
 
 class SiglipResNetSmallStem(nn.Module):
@@ -431,6 +434,7 @@ class SiglipResNetModel(SiglipResNetPreTrainedModel):
             image_embeds=image_embeds,
             text_model_output=text,
             vision_model_output=vision,
+            pooler_output=None if has_text else image_embeds,
         )
 
     def save_pretrained(self, save_directory: Any, state_dict: dict | None = None, **kwargs: Any) -> None:

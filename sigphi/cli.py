@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": ("sigphi.train.evaluation", "measure a model and write eval_results.json"),
     "ask": ("sigphi.train.ask", "answer questions about an image"),
     "describe": ("sigphi.train.describe", "write a detailed description of each image"),
+    "search": ("sigphi.train.search", "find pictures by a text or another picture, in an index that it builds"),
 }
 
 # What a shell reports for a process that Ctrl-C ended: 128 + SIGINT.

@@ -25,8 +25,8 @@ PACKAGES = {
 }
 
 EXTRAS = (
-    *("bitsandbytes", "deepspeed", "evaluate", "gradio", "matplotlib", "open_clip", "rouge_score", "sacrebleu"),
-    "tensorboard",
+    *("bitsandbytes", "deepspeed", "evaluate", "faiss", "gradio", "matplotlib", "open_clip", "rouge_score"),
+    *("sacrebleu", "tensorboard"),
 )
 
 

@@ -4,6 +4,8 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from sigphi.train.errors import printable
+
 # Kind of problem -> whether it is an error (otherwise a warning), and the remedy. The report keeps this order.
 KINDS: dict[str, tuple[bool, str]] = {
     "not UTF-8": (True, "Save the file as CSV in UTF-8."),
@@ -148,7 +150,7 @@ def _wrapped(text: str) -> list[str]:
 
 def _shown(text: str) -> str:
     """On one line, of a length that can be read, and without what would steer a terminal."""
-    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(text.split()))
+    text = printable(text)
     return text if len(text) <= _EXAMPLE_LENGTH else f"{text[:_EXAMPLE_LENGTH]} ..."
 
 

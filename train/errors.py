@@ -14,6 +14,11 @@ class UserError(ValueError):
     """
 
 
+def printable(text: str) -> str:
+    """`text` on one line, with what would steer a terminal written out, such as `\\x1b`."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(text.split()))
+
+
 def run_command(main: Callable[[], None], program: str) -> None:
     """Run `main` and end the process with code 2 and the message's lines, without a traceback, on a [`UserError`].
 
@@ -45,4 +50,4 @@ def _show_log(level: int) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-__all__ = ["UserError", "run_command"]
+__all__ = ["UserError", "printable", "run_command"]
