@@ -69,7 +69,7 @@ def test_a_short_answer_that_cannot_be_judged_by_is_refused_with_its_question(ki
         lambda row: {"question": "What is it?", "question_type": kind, "short_answer": short},
         load_from_cache_file=False,
     )
-    with pytest.raises(UserError, match=r"the short answer to 'What is it\?' cannot be judged by: .*short_answer"):
+    with pytest.raises(UserError, match=r"the short answer to 'What is it\?' cannot be judged by: .*short answer"):
         judged_rows(wrong)
 
 

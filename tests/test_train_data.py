@@ -151,6 +151,26 @@ def test_the_placeholder_of_the_image_is_refused(qa_csv: Path, question: str, an
 
 
 @pytest.mark.parametrize(
+    ("question_type", "short_answer", "message"),
+    [
+        ("description", "a grey cat", "line 3, column S1: the short answer of a description .* got 'a grey cat'"),
+        ("object", "?!", "line 3, column S1: a short answer has to hold a word, got '\\?!'"),
+        ("of_my_own", "?!", "line 3, column S1"),
+    ],
+)
+def test_a_short_answer_that_nothing_can_be_judged_by_is_refused(
+    qa_csv: Path, question_type: str, short_answer: str, message: str
+) -> None:
+    sound = row(0, "What?", "A cat.", T1="description", S1="object=cat; category=animal")
+    faulty = row(1, "What?", "A cat.", T1=question_type, S1=short_answer)
+    write(qa_csv, [sound, faulty], ["T1", "S1"])
+    with pytest.raises(UserError, match=message):
+        read_qa_csv(qa_csv, "train", SIZES)
+    write(qa_csv, [sound, faulty | {"S1": ""}], ["T1", "S1"])
+    assert len(read_qa_csv(qa_csv, "train", SIZES).rows) == 2
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "qa.csv: no column Dataset_Index|qa.csv is empty"),

@@ -74,6 +74,7 @@ FAULTY_ROWS: dict[str, tuple[dict[str, str], str]] = {
     "half-empty pair": (row(1, "What is it?", "A thing.", "Why?", ""), "A2"),
     "failure as answer": (row(1, "What is it?", "ERROR: CUDA out of memory."), "A1"),
     "image placeholder": (row(1, "What is in <image>?", "A thing."), "Q1"),
+    "bad short answer": (row(1, "Describe it.", "A thing.", T1="description", S1="a thing"), "S1"),
     "contradicted label": (row(1, "What is the main object in this image?", "It is a dog.", **CAT), "A1"),
     "missed short answer": (row(1, "Is it dark?", "It is bright.", T1="brightness", S1="dark"), "A1"),
     "unclear answer": (row(1, "What is the main object in this image?", "Something small.", **CAT), "A1"),
@@ -324,25 +325,30 @@ def test_answers_are_judged_by_the_class(
     assert check(qa_csv) == ({kind: ("line 2 column A1",)} if kind else {})
 
 
+MISSED = {"missed short answer": ("line 2 column A1",)}
+UNUSABLE = {"bad short answer": ("line 2 column S1",)}
+
+
 @pytest.mark.parametrize(
-    ("answer", "question_type", "short_answer", "is_missed"),
+    ("answer", "question_type", "short_answer", "places"),
     [
-        ("It is dark.", "brightness", "dark", False),
-        ("It is dark.", "brightness", "bright", True),
-        ("It is dark.", "brightness", "-", True),
-        ("I cannot tell.", "refusal", "cannot tell", False),
-        ("On Monday.", "refusal", "cannot tell", True),
-        ("A gray cat.", "description", "object=cat; dominant_color=gray", False),
-        ("A gray dog.", "description", "object=cat; dominant_color=gray", True),
-        ("A gray cat.", "description", "cat", True),
-        ("It is dark.", "mood", "sad", False),  # no type of ours, so nothing is known of its values
+        ("It is dark.", "brightness", "dark", {}),
+        ("It is dark.", "brightness", "bright", MISSED),
+        ("It is dark.", "brightness", "-", UNUSABLE),
+        ("I cannot tell.", "refusal", "cannot tell", {}),
+        ("On Monday.", "refusal", "cannot tell", MISSED),
+        ("A gray cat.", "description", "object=cat; dominant_color=gray", {}),
+        ("A gray dog.", "description", "object=cat; dominant_color=gray", MISSED),
+        ("A gray cat.", "description", "cat", UNUSABLE),
+        ("It is dark.", "mood", "sad", {}),  # no type of ours, so nothing is known of its values
+        ("It is dark.", "mood", "?", UNUSABLE),
     ],
 )
 def test_the_short_answer_has_to_be_in_the_answer(
-    qa_csv: Path, answer: str, question_type: str, short_answer: str, is_missed: bool
+    qa_csv: Path, answer: str, question_type: str, short_answer: str, places: dict[str, tuple[str]]
 ) -> None:
     write(qa_csv, [row(1, "Q?", answer, T1=question_type, S1=short_answer)], ["T1", "S1"])
-    assert check(qa_csv) == ({"missed short answer": ("line 2 column A1",)} if is_missed else {})
+    assert check(qa_csv) == places
 
 
 @pytest.mark.parametrize("label", ["cat", "Cat", "kitten", "3", "", "dog", "n/a"])

@@ -111,7 +111,7 @@ def test_is_correct(answer: str, short_answer: str, question_type: str, right: b
 
 
 def test_an_empty_short_answer_cannot_be_judged() -> None:
-    with pytest.raises(ValueError, match="`short_answer` has to hold a word, got '  '"):
+    with pytest.raises(ValueError, match="a short answer has to hold a word, got '  '"):
         is_correct("A cat.", "  ", "object")
 
 

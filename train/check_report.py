@@ -21,6 +21,7 @@ KINDS: dict[str, tuple[bool, str]] = {
     "half-empty pair": (True, "Fill the cell, empty its partner, or train with --on-faulty-answers skip."),
     "failure as answer": (True, "Ask again or empty the pair; --on-faulty-answers skip leaves out those with ERROR."),
     "image placeholder": (True, "Remove it: it stands for the image itself."),
+    "bad short answer": (True, "Write a word, for a description 'object=cat; category=animal', or empty the cell."),
     "repeated question": (True, "Keep one of the answers, or ask something else."),
     "contradicted label": (True, "Correct the answer, or remove the pair."),
     "image in both files": (True, "Remove the image from one of the files: its score would be of something learned."),

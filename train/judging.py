@@ -112,6 +112,9 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
+_NO_WORD = "a short answer has to hold a word, got {!r}"
+
+
 def is_correct(answer: str, short_answer: str, question_type: str) -> bool:
     """Whether an answer, in free wording, holds the short answer and no competing value.
 
@@ -135,7 +138,7 @@ def is_correct(answer: str, short_answer: str, question_type: str) -> bool:
     """
     wanted = _words(short_answer)
     if not wanted:
-        raise ValueError(f"`short_answer` has to hold a word, got {short_answer!r}; leave such rows out.")
+        raise ValueError(_NO_WORD.format(short_answer))
     if question_type == "refusal":
         return is_refusal(answer)
     if question_type == "description":
@@ -192,8 +195,23 @@ def parse_facts(short_answer: str) -> dict[str, str]:
     """
     pairs = [pair.split("=") for pair in short_answer.split(";") if pair.strip()]
     if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"`short_answer` has to be of the form 'object=cat; category=animal', got {short_answer!r}.")
+        raise ValueError(
+            "the short answer of a description has to be of the form 'object=cat; category=animal', got "
+            f"{short_answer!r}"
+        )
     return {name.strip(): value.strip() for name, value in pairs}
+
+
+def check_short_answer(question_type: str, short_answer: str) -> None:
+    """Whether answers can be judged by a short answer that is not empty.
+
+    Raises:
+        ValueError: if it holds no word, or is that of a description and no list of facts; it says what it has to be.
+    """
+    if question_type == "description":
+        parse_facts(short_answer)
+    elif not _words(short_answer):
+        raise ValueError(_NO_WORD.format(short_answer))
 
 
 # Words that say what a value in the same clause is said of.
@@ -387,6 +405,7 @@ __all__ = [
     "CLASS_OF_WORD",
     "SAYS_NOTHING",
     "asks_for_object",
+    "check_short_answer",
     "competing_values",
     "is_correct",
     "is_refusal",

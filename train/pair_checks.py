@@ -15,7 +15,7 @@ from sigphi.train.check_report import Findings
 from sigphi.train.facts import CLASS_NAMES, image_facts
 from sigphi.train.judging import CLASS_OF_WORD, asks_for_object, competing_values, is_correct, named_classes
 from sigphi.train.lenient_csv import iterate_rows
-from sigphi.train.qa_csv import IMAGE_PLACEHOLDER
+from sigphi.train.qa_csv import IMAGE_PLACEHOLDER, faulty_short_answers
 from sigphi.train.questions import QUESTION_TYPES
 from sigphi.train.row_checks import Lines, first_lines, image_numbers
 
@@ -71,7 +71,8 @@ def check_texts(rows: pd.DataFrame, max_characters: int, findings: Findings) -> 
         findings (`Findings`): gets the problems.
 
     Returns:
-        `pandas.DataFrame`: the rows that have question and answer, without answers that are failures.
+        `pandas.DataFrame`: the rows that have question and answer, without answers that are failures; a short answer
+        that nothing can be judged by is emptied.
     """
     is_empty = {letter: rows[name] == "" for letter, name in _TEXTS.items()}
     _report_texts(findings, "empty pair", rows, {"Q": is_empty["Q"] & is_empty["A"]})
@@ -93,7 +94,16 @@ def check_texts(rows: pd.DataFrame, max_characters: int, findings: Findings) -> 
     _report_texts(findings, "over-long text", rows, is_long)
     _report_texts(findings, "talk of an assistant", rows, {"A": _matches(rows["answer"], _ASSISTANT)})
     _report_texts(findings, "no answer", rows, {"A": _matches(rows["answer"], _STAND_IN)})
-    return rows
+    return _without_bad_short_answers(rows, findings)
+
+
+def _without_bad_short_answers(rows: pd.DataFrame, findings: Findings) -> pd.DataFrame:
+    faults = faulty_short_answers(rows)
+    if faults.empty:
+        return rows
+    places = (f"line {line} column S{pair}" for line, pair in _tuples(rows.loc[faults.index], "line", "pair"))
+    findings.add_all("bad short answer", len(faults), places, faults.iloc[0])
+    return rows.assign(short_answer=rows["short_answer"].mask(rows.index.isin(faults.index), ""))
 
 
 def _report_texts(findings: Findings, kind: str, rows: pd.DataFrame, is_bad: dict[str, np.ndarray]) -> None:

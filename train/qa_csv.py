@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from sigphi.train.errors import UserError
+from sigphi.train.judging import check_short_answer
 
 PAIRS = (1, 2, 3, 4, 5)
 IMAGE_SPLITS = ("train", "test")
@@ -83,6 +84,7 @@ def read_pairs(path: Path, image_split: str | None, on_faulty: str) -> tuple[pd.
     if kept.empty:
         raise UserError(f"{path} holds no pair of a question and an answer; fill Q1 and A1.")
     _check_placeholder(path, kept)
+    _check_short_answers(path, kept)
     return kept, int(is_empty.sum()), int(is_faulty.sum())
 
 
@@ -219,6 +221,43 @@ def _check_placeholder(path: Path, rows: pd.DataFrame) -> None:
             )
 
 
+def faulty_short_answers(rows: pd.DataFrame) -> pd.Series:
+    """
+    What is wrong with the short answers that no answer can be judged by.
+
+    Args:
+        rows (`pandas.DataFrame`): with `question_type` and `short_answer`, empty where there is none.
+
+    Returns:
+        `pandas.Series` of str: one a faulty row, with its index.
+    """
+    key = ["question_type", "short_answer"]
+    distinct = rows.loc[rows["short_answer"] != "", key].drop_duplicates()
+    distinct["fault"] = [_short_answer_fault(*cells) for cells in distinct.itertuples(index=False, name=None)]
+    distinct = distinct[distinct["fault"] != ""]
+    suspects = rows[rows["short_answer"].isin(distinct["short_answer"])]
+    faults = suspects[key].merge(distinct, "left", key)["fault"].set_axis(suspects.index)
+    return faults.dropna()
+
+
+def _short_answer_fault(question_type: str, short_answer: str) -> str:
+    try:
+        check_short_answer(question_type, short_answer)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _check_short_answers(path: Path, rows: pd.DataFrame) -> None:
+    faults = faulty_short_answers(rows)
+    if not faults.empty:
+        first = rows.loc[faults.index[0]]
+        raise UserError(
+            f"{path}, line {first['line']}, column S{first['pair']}: {faults.iloc[0]}; empty the cell where nothing "
+            "short can be said."
+        )
+
+
 def parse_indices(texts: pd.Series) -> pd.Series:
     """`Dataset_Index` as int64, with -1 for what is no number from 0 on."""
     # 18 digits fit into an int64.
@@ -260,6 +299,7 @@ __all__ = [
     "OPTIONAL_COLUMNS",
     "PAIRS",
     "QaTable",
+    "faulty_short_answers",
     "REQUIRED_COLUMNS",
     "one_row_a_pair",
     "parse_indices",
