@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import child_environment, make_tokenizer, token_ids
+from hub_stub import HubStub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -941,3 +942,34 @@ def test_random_weights_do_not_answer(llava_folder: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=f"--model {model}: its files lack weights of the model, such as .*lm_head"):
         annotate(options(tmp_path, model))
     assert not results(tmp_path)
+
+
+FINGERPRINTS = """
+import os, sys
+from huggingface_hub import HfApi
+from sigphi.train.annotator import ModelSource, model_fingerprint, read_annotator_config
+
+api = HfApi()
+api.create_repo("tester/model")
+commits = []
+for content in (os.environ["FIRST"], os.environ["SECOND"]):
+    commits.append(api.upload_file(path_or_fileobj=content, path_in_repo="config.json", repo_id="tester/model").oid)
+for revision in (None, *commits, "main"):
+    source = ModelSource("tester/model", revision)
+    read_annotator_config(source)
+    print(model_fingerprint(source))
+print(*commits)
+"""
+
+
+def test_a_model_of_the_hub_is_told_by_its_commit(run_child, tiny_vlm, tmp_path) -> None:
+    tiny_vlm.config.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    other = tmp_path / "other.json"
+    other.write_text(config.read_text() + "\n")
+    with HubStub() as hub:
+        home = tmp_path / "home"
+        printed = run_child(FINGERPRINTS, FIRST=config, SECOND=other, **hub.environment(home)).split()
+    fingerprints, (first, second) = printed[:4], printed[4:]
+    assert first != second
+    assert fingerprints == [second, first, second, second]

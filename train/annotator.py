@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 import sigphi.modeling  # noqa: F401  registers our model with the Auto classes
 import sigphi.processing  # noqa: F401  and its processor
 from sigphi.configuration.configuration_sigphi import SigPhiConfig
-from sigphi.train.checkpoints import read_config
+from sigphi.train.checkpoints import hub_commit, read_config
 from sigphi.train.errors import UserError
 from sigphi.train.qa_csv import IMAGE_PLACEHOLDER
 
@@ -143,11 +143,11 @@ def read_annotator_config(source: ModelSource) -> PreTrainedConfig:
     return config
 
 
-def model_fingerprint(source: ModelSource, config: PreTrainedConfig) -> str:
+def model_fingerprint(source: ModelSource) -> str:
     """What tells a model from another of the same name: the commit of a Hub id, the hash of a folder's files."""
     folder = Path(source.name)
     if not folder.is_dir():
-        return str(config._commit_hash)
+        return hub_commit(source.name, source.revision)
     digest = hashlib.sha256()
     for path in sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)}):
         with path.open("rb") as file:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -60,6 +61,12 @@ def _looks_like_path(name: str) -> bool:
     )
 
 
+def hub_commit(repo_id: str, revision: str | None = None) -> str:
+    """The commit of a model on the Hub that a revision stands for now, by default that of its main branch."""
+    # The cache keeps each commit in a folder of its name. (transformers no longer keeps it in the config.)
+    return Path(hf_hub_download(repo_id, "config.json", revision=revision)).parent.name
+
+
 def check_token_counts(config: SigPhiConfig, processor: Any, name: str) -> None:
     """Raise a [`UserError`] unless processor and model agree on the number of image tokens."""
     if processor.num_image_tokens != config.num_image_tokens:
@@ -70,4 +77,4 @@ def check_token_counts(config: SigPhiConfig, processor: Any, name: str) -> None:
         )
 
 
-__all__ = ["check_token_counts", "read_config"]
+__all__ = ["check_token_counts", "hub_commit", "read_config"]

@@ -27,7 +27,6 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig
 from transformers.hf_argparser import HfArg
 
 from sigphi.train.annotator import (
@@ -149,10 +148,10 @@ def annotate(arguments: DataAnnotateArguments) -> dict[str, Any] | None:
         UserError: before any weights load, if the options, the model, the images or the questions do not fit
             together, or if there is an output or an unfinished run that was made with other settings.
     """
-    config = read_annotator_config(arguments.source)
+    read_annotator_config(arguments.source)
     processor = load_processor(arguments.source, json.loads(arguments.image_options))
     image_sets, questions = _load_questions(arguments)
-    settings = _settings(arguments, config, questions)
+    settings = _settings(arguments, questions)
     parts = arguments.beside(".parts")
     # Without `cpu` a launcher's processes do not find each other on a machine without accelerator.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
@@ -243,13 +242,13 @@ def _decoded(encoded: dict[str, Any]) -> Image.Image | str:
         return f"the picture cannot be decoded: {str(error).split(' <')[0]}"
 
 
-def _settings(arguments: DataAnnotateArguments, config: PreTrainedConfig, questions: pd.DataFrame) -> dict[str, str]:
+def _settings(arguments: DataAnnotateArguments, questions: pd.DataFrame) -> dict[str, str]:
     """Everything that the answers depend on, by the names that the user knows."""
     asked = questions.to_csv(index=False).encode()
     return {
         "--model": durable_name(arguments.model),
         "--revision": arguments.revision,
-        "the model's files": model_fingerprint(arguments.source, config),
+        "the model's files": model_fingerprint(arguments.source),
         "--dtype": arguments.dtype,
         "--image-options": arguments.image_options,
         "--images": durable_name(arguments.images),

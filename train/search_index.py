@@ -22,7 +22,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from huggingface_hub import hf_hub_download
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
@@ -30,7 +29,7 @@ from transformers.hf_argparser import HfArg
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel
 from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor, to_rgb
-from sigphi.train.checkpoints import read_config
+from sigphi.train.checkpoints import hub_commit, read_config
 from sigphi.train.errors import UserError, printable
 from sigphi.train.images import load_images
 from sigphi.train.parser import parse_arguments
@@ -137,7 +136,7 @@ def build_index(
     _check_output(output)
     read_config(encoder, "--encoder", SiglipResNetConfig.model_type, revision=encoder_revision)
     pictures = find_pictures(images, image_split)
-    revision = None if Path(encoder).is_dir() else _commit(encoder, encoder_revision)
+    revision = None if Path(encoder).is_dir() else hub_commit(encoder, encoder_revision)
     model, processor = load_encoder(encoder, "--encoder", revision)
     facts = IndexFacts(
         encoder=durable_name(encoder),
@@ -161,11 +160,6 @@ def build_index(
     finally:
         unfinished.unlink(missing_ok=True)
     return len(pictures.names) - len(broken), broken
-
-
-def _commit(repo_id: str, revision: str | None) -> str:
-    # The cache keeps each commit in a folder of its name.
-    return Path(hf_hub_download(repo_id, "config.json", revision=revision)).parent.name
 
 
 def _check_output(output: Path) -> None:
