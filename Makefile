@@ -15,7 +15,7 @@ SECRETS := $(SECRETS)|AKIA[0-9A-Z]{16}|sk-[A-Za-z0-9_-]{32,}|xox[abprs]-[A-Za-z0
 SECRETS := $(SECRETS)|BEGIN [A-Z ]*PRIVATE KEY
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all test-gpu quality style types audit wheel clean
+.PHONY: help install quickstart test test-all test-gpu golden quality style types audit wheel clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test-all: install  ## Run the slow tests too.
 
 test-gpu: install  ## Run the tests that need a CUDA device.
 	$(PYTEST) -m gpu
+
+golden: install  ## Write the training steps that tests compare with anew (say why in the commit).
+	$(PYTEST) -q tests/test_train_siglip_trainer.py -k committed_file --write-golden
 
 quality: install types  ## Check style, types, import order, file sizes and secrets.
 	$(BIN)/ruff check .

@@ -30,7 +30,9 @@ def sigmoid_loss(
     Pairwise sigmoid loss (Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, equation 1).
 
     With x the image and y the text embeddings, t = exp(t'), and z = 1 for a positive pair and -1 for a negative one:
-    `-1/|images| * sum_ij log sigmoid(z_ij * (t * x_i . y_j + b))`. Computed in float32.
+    `-1/|images| * sum_ij log sigmoid(z_ij * (t * x_i . y_j + b))`. Computed in float32, or in float64 for such
+    embeddings. This is the loss of one process, with all logits in memory; `sigphi.global_sigmoid_loss` is that of
+    many, in chunks.
 
     Args:
         image_embeds (`torch.Tensor` of shape `(images, dim)`): L2-normalised image embeddings.
@@ -44,7 +46,7 @@ def sigmoid_loss(
             Pairs that count neither way, because nobody knows whether they belong together.
 
     Returns:
-        `torch.Tensor`: the scalar loss, float32.
+        `torch.Tensor`: the scalar loss, float32 or float64.
 
     Raises:
         ValueError: if `positives` or `ignored` has another shape than `(images, texts)`, or `positives` is left out
@@ -73,10 +75,11 @@ def sigmoid_loss(
 def pairwise_logits(
     image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor, logit_bias: torch.Tensor
 ) -> torch.Tensor:
-    """Logits `exp(t') * x . y + b` of shape `(images, texts)`, in float32 also under autocast."""
+    """Logits `exp(t') * x . y + b` of shape `(images, texts)`, at least in float32, also under autocast."""
+    dtype = torch.promote_types(image_embeds.dtype, torch.float32)
     with torch.autocast(image_embeds.device.type, enabled=False):
-        similarity = image_embeds.float() @ text_embeds.float().t()  # (images, texts)
-        return similarity * logit_scale.float().exp() + logit_bias.float()
+        similarity = image_embeds.to(dtype) @ text_embeds.to(dtype).t()  # (images, texts)
+        return similarity * logit_scale.to(dtype).exp() + logit_bias.to(dtype)
 
 
 def right_padded(
@@ -388,6 +391,7 @@ class SiglipResNetModel(SiglipResNetPreTrainedModel):
         positives: torch.Tensor | None = None,
         ignored: torch.Tensor | None = None,
         return_loss: bool | None = None,
+        return_logits: bool = True,
         **kwargs: Any,
     ) -> SiglipResNetOutput:
         """
@@ -401,6 +405,8 @@ class SiglipResNetModel(SiglipResNetPreTrainedModel):
                 [`SiglipResNetTextModel.pool`] gives, instead of `input_ids`.
             positives, ignored (`torch.BoolTensor` of shape `(images, texts)`, *optional*): see [`sigmoid_loss`].
             return_loss (`bool`, *optional*): whether to compute the loss; needs both modalities.
+            return_logits (`bool`, *optional*, defaults to `True`): whether to compute the logits where both modalities
+                are given. A large batch has no room for them.
 
         Raises:
             ValueError: if neither modality is given, one is missing for the loss, or texts are given twice.
@@ -422,7 +428,7 @@ class SiglipResNetModel(SiglipResNetPreTrainedModel):
             text = BaseModelOutputWithPooling(pooler_output=self.text_model.project(text_features))
         if text is not None:
             text_embeds = F.normalize(text.pooler_output.float(), dim=-1)  # (texts, projection_dim)
-        if image_embeds is not None and text_embeds is not None:
+        if return_logits and image_embeds is not None and text_embeds is not None:
             logits_per_image = pairwise_logits(image_embeds, text_embeds, self.logit_scale, self.logit_bias)
         if return_loss:
             loss = sigmoid_loss(image_embeds, text_embeds, self.logit_scale, self.logit_bias, positives, ignored)
@@ -455,6 +461,7 @@ __all__ = [
     "SiglipResNetPreTrainedModel",
     "SiglipResNetTextModel",
     "SiglipResNetVisionModel",
+    "keep_batch_norm_statistics",
     "pairwise_logits",
     "right_padded",
     "sigmoid_loss",

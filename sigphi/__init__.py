@@ -19,6 +19,7 @@ _PUBLIC = {
     "VlmTrainer": "sigphi.train.trainers",
     "SiglipTrainingArguments": "sigphi.train.arguments",
     "VlmTrainingArguments": "sigphi.train.arguments",
+    "global_sigmoid_loss": "sigphi.train.losses",
     "load_cifar10_qa": "sigphi.train.data",
     "evaluate_encoder": "sigphi.train.encoder_evaluation",
     "evaluate_vlm": "sigphi.train.vlm_evaluation",

@@ -71,6 +71,10 @@ LORA: dict[str, Any] = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", action="store_true", help="write tests/golden anew, see `make golden`")
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Every test draws the same random numbers, alone or among others."""

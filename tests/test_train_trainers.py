@@ -30,6 +30,7 @@ from sigphi.train.collators import SiglipCollator, VlmCollator, preprocess
 from sigphi.train.data import distinct_images, load_cifar10_qa
 from sigphi.train.encoder_evaluation import pool_texts
 from sigphi.train.images import decode_images
+from sigphi.train.pairs import pair_masks
 from sigphi.train.prompts import tokenized_rows
 from sigphi.train.trainers import SiglipTrainer, VlmTrainer
 from sigphi.train.vlm_evaluation import encode_images, supervised_loss
@@ -424,7 +425,8 @@ def test_cached_text_features_give_the_loss_of_the_texts(tiny_encoder, tiny_enco
         tiny_encoder.zero_grad()
         batch = collator(encoder_rows())
         assert ("text_features" in batch) == (collator is cached)
-        loss = tiny_encoder(**batch).loss
+        positives, ignored = pair_masks(**batch.pop("pairs"))
+        loss = tiny_encoder(**batch, positives=positives, ignored=ignored).loss
         loss.backward()
         gradients = {n: p.grad.clone() for n, p in tiny_encoder.named_parameters() if p.grad is not None}
         results.append((loss.detach(), gradients))

@@ -197,7 +197,7 @@ class SiglipTrainingArguments(SigphiTrainingArguments):
     Defaults that differ from [`~transformers.TrainingArguments`]: `per_device_train_batch_size` and
     `per_device_eval_batch_size` 256, `num_train_epochs` 10, `learning_rate` 1e-3, `weight_decay` 0.05, `warmup_steps`
     0.1 (a ratio), `lr_scheduler_type` `"cosine"`, `eval_strategy` and `save_strategy` `"epoch"`, `save_total_limit` 2,
-    `logging_steps` 20, and those of [`SigphiTrainingArguments`].
+    `logging_steps` 20, `ddp_find_unused_parameters` off, and those of [`SigphiTrainingArguments`].
     """
 
     _argument_group_name = "training"
@@ -217,8 +217,44 @@ class SiglipTrainingArguments(SigphiTrainingArguments):
     save_total_limit: int | None = HfArg(help="Checkpoints to keep.", default=2)
     logging_steps: float = HfArg(help="Steps between two log lines.", default=20)
     logit_learning_rate: float = HfArg(help="Peak learning rate of the temperature t' and the bias b.", default=3e-3)
+    loss_variant: str = HfArg(
+        help="How several processes compare their pairs: 'ring' (texts pass from one to the next) or 'gather'.",
+        default="ring",
+    )
+    loss_chunk_size: int = HfArg(help="Images whose logits are in memory at a time, per device.", default=256)
+    duplicate_texts: str = HfArg(
+        help="What a text of another image is that is true of the image too: 'positive' or 'ignored'.",
+        default="positive",
+    )
+    micro_batch_size: int = HfArg(
+        help="Images that go through the towers at a time, per device, while the loss compares the whole batch: less "
+        "memory for a second forward pass. 0: all at once.",
+        default=0,
+    )
+    sync_batch_norm: bool = HfArg(help="BatchNorm over the images of all processes (GPU).", default=False)
+    ddp_find_unused_parameters: bool | None = HfArg(
+        help="Must stay off: t' and b are used after the model's forward pass.", default=False
+    )
     augment: bool = HfArg(help="Random shift by up to 1/8 of the image, and horizontal flip.", default=True)
     channels_last: bool = HfArg(help="Keep images and kernels in channels-last order.", default=True)
+
+    def __post_init__(self) -> None:
+        one_of("--loss-variant", self.loss_variant, ("ring", "gather"))
+        one_of("--duplicate-texts", self.duplicate_texts, ("positive", "ignored"))
+        if self.loss_chunk_size < 1:
+            raise UserError(f"--loss-chunk-size must be 1 or more, got {self.loss_chunk_size}.")
+        if self.micro_batch_size < 0:
+            raise UserError(f"--micro-batch-size must be 0 (off) or more, got {self.micro_batch_size}.")
+        if self.micro_batch_size > 0 and self.deepspeed:
+            raise UserError("--micro-batch-size does not run under DeepSpeed, which sums gradients by itself.")
+        if self.ddp_find_unused_parameters:
+            raise UserError(
+                "--ddp-find-unused-parameters must stay off: t' and b are used after the model's forward pass, where "
+                "DistributedDataParallel would not find them."
+            )
+        super().__post_init__()
+        if self.sync_batch_norm and self.device.type == "cpu":
+            raise UserError("--sync-batch-norm needs GPUs: PyTorch has no SyncBatchNorm on CPU. Leave it out.")
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
 from sigphi.processing.processing_sigphi import SigPhiProcessor
-from sigphi.train.judging import SAYS_NOTHING
+from sigphi.train.pairs import pair_ids, text_key
 
 IGNORE_INDEX = -100
 
@@ -48,8 +48,9 @@ class SiglipCollator:
 
         Returns:
             `dict`: `pixel_values` `(images, 3, height, width)`; `input_ids` and `attention_mask` `(texts, length)`, or
-            `text_features` `(texts, hidden_size)`; `positives` and `ignored` `(images, texts)`, boolean; and
-            `return_loss`, `True`.
+            `text_features` `(texts, hidden_size)`; `pairs`, the `image_ids` and `text_ids` of [`pair_ids`]; and
+            `return_loss` and `return_logits`, which tell the Trainer that there is a loss, and the model that it need
+            not compute logits.
         """
         texts: dict[str, str] = {}  # the first spelling, by key
         facts: dict[str, str] = {}  # what it states, by key
@@ -57,12 +58,11 @@ class SiglipCollator:
             for text, fact in zip(row["texts"], row["facts"], strict=True):
                 texts.setdefault(text_key(text), text)
                 facts.setdefault(text_key(text), fact)
-        positives, ignored = pair_masks(rows, facts)
         return {
             "pixel_values": preprocess(self.processor, self.images[[row["image_index"] for row in rows]]),
-            "positives": positives,
-            "ignored": ignored,
+            "pairs": pair_ids(rows, facts),
             "return_loss": True,
+            "return_logits": False,  # the Trainer's loss makes its own, in chunks
         } | self._text_inputs(texts)
 
     def _text_inputs(self, texts: dict[str, str]) -> dict[str, torch.Tensor]:
@@ -76,36 +76,6 @@ class SiglipCollator:
             return_tensors="pt",
         )
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
-
-
-def pair_masks(rows: Sequence[dict[str, Any]], facts: dict[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Which texts of a batch are positives of which images, and which pairs are unknown.
-
-    Args:
-        rows: with `texts` and `known`.
-        facts (`dict[str, str]`): for each distinct text of the batch, by [`text_key`], what it states.
-
-    Returns:
-        `tuple` of two `torch.BoolTensor` of shape `(images, texts)`: `positives` and `ignored`.
-    """
-    positives = torch.zeros(len(rows), len(facts), dtype=torch.bool)
-    ignored = torch.zeros_like(positives)
-    for position, row in enumerate(rows):
-        own = {text_key(text) for text in row["texts"]}
-        known = set(row["known"])
-        attributes = {fact.partition("=")[0] for fact in known}
-        positives[position] = torch.tensor(
-            [fact != SAYS_NOTHING and (key in own or fact in known) for key, fact in facts.items()]
-        )
-        unknown = [fact != "" and fact.partition("=")[0] not in attributes for fact in facts.values()]
-        ignored[position] = torch.tensor(unknown) & ~positives[position]
-    return positives, ignored
-
-
-def text_key(text: str) -> str:
-    """What makes two texts one: white space around them and case do not count."""
-    return text.strip().lower()
 
 
 @dataclass
@@ -195,8 +165,6 @@ __all__ = [
     "IGNORE_INDEX",
     "SiglipCollator",
     "VlmCollator",
-    "pair_masks",
     "preprocess",
     "random_shift_and_flip",
-    "text_key",
 ]

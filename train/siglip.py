@@ -21,7 +21,7 @@ from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel, SiglipResN
 from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
 from sigphi.train.arguments import DataArguments, SiglipModelArguments, SiglipTrainingArguments, check_evaluation
 from sigphi.train.checkpoints import read_config
-from sigphi.train.collators import SiglipCollator, text_key
+from sigphi.train.collators import SiglipCollator
 from sigphi.train.data import distinct_images, load_data
 from sigphi.train.encoder_evaluation import class_embeddings, embed_images, pool_texts
 from sigphi.train.encoder_options import EncoderEvaluationArguments, sample_images
@@ -30,6 +30,7 @@ from sigphi.train.evaluation import evaluate_folder, results_table
 from sigphi.train.images import decode_images
 from sigphi.train.judging import known_facts, stated_fact
 from sigphi.train.metrics import top1_accuracy
+from sigphi.train.pairs import text_key
 from sigphi.train.parser import parse_arguments
 from sigphi.train.records import durable_name, write_training_data
 from sigphi.train.report import write_loss_curve
@@ -252,6 +253,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
     folder = Path(arguments.output_dir)
     write_training_data(folder, data["train"], data_arguments)
     write_loss_curve(trainer.state.log_history, folder)

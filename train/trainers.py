@@ -1,7 +1,9 @@
 """The Trainers of the two stages."""
 
+import contextlib
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from sigphi.hub_card.cards import write_card
+from sigphi.modeling.modeling_siglip_resnet import keep_batch_norm_statistics
 from sigphi.modeling.modeling_sigphi import LORA_FOLDER, LORA_WEIGHTS
 from sigphi.train.arguments import check_launch
 from sigphi.train.collators import random_shift_and_flip
-from sigphi.train.errors import UserError
+from sigphi.train.losses import global_sigmoid_loss
 
 
 class _ArtifactTrainer(Trainer):
@@ -96,20 +99,30 @@ class SiglipTrainer(_ArtifactTrainer):
     """
     Trains a [`SiglipResNetModel`] on batches of images with all their texts (see [`SiglipCollator`]).
 
-    Gradient accumulation does not add negatives: the loss compares the pairs of one micro-batch. For the same reason
-    it runs in one process: the pairs of several are not gathered.
+    The loss compares all images with all texts of a batch over all processes, see [`global_sigmoid_loss`]. The loss
+    that is logged, and the gradients, are those of one process with the same batch.
+
+    `gradient_accumulation_steps` adds up losses that each compare their own batch, which is not the loss of one large
+    batch. `args.micro_batch_size` is: the images and texts of a batch go through the towers in parts, without a graph;
+    the loss over all of them gives the gradients of the embeddings; and a second pass, with the same random numbers,
+    takes these to the weights part by part (GradCache: Gao et al., arXiv 2101.06983). BatchNorm in training mode
+    normalises by the part, as it does by the process.
+
+    Any model will do whose forward pass takes the batch without `pairs` and `return_loss` and gives normalised
+    `image_embeds` and `text_embeds`, and that has a `logit_scale` and `logit_bias`, such as transformers'
+    `SiglipModel`. A batch without `pairs` says that image i belongs to text i alone.
 
     Raises:
-        UserError: in a job of several processes.
+        UserError: if the processes of a job do not train together, see [`check_launch`].
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        if kwargs["args"].world_size > 1:
-            raise UserError(
-                f"the encoder trains in one process, and this job has {kwargs['args'].world_size}: each would compare "
-                f"only its own pairs. Launch one process, with a larger --batch-size."
-            )
+        if kwargs["args"].sync_batch_norm:
+            kwargs["model"] = nn.SyncBatchNorm.convert_sync_batchnorm(kwargs["model"])
         super().__init__(**kwargs)
+        # The loss is the mean of one batch, whatever the model's forward pass accepts: the Trainer divides it by the
+        # number of accumulated batches.
+        self.model_accepts_loss_kwargs = False
 
     def learning_rate_of(self, name: str) -> float:
         """Temperature and bias are two numbers on a scale of ten; at the rate of the weights they would not move."""
@@ -123,13 +136,85 @@ class SiglipTrainer(_ArtifactTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        """Augments the images of a training batch, on its device, and computes the sigmoid loss."""
+        """Augments the images of a training batch, on its device, and computes the loss over all processes."""
+        outputs = model(**self._model_inputs(model, inputs))
+        unwrapped = self.accelerator.unwrap_model(model)
+        embeds = (outputs.image_embeds, outputs.text_embeds)
+        loss = self._global_loss((*embeds, unwrapped.logit_scale, unwrapped.logit_bias), inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """As the Trainer's, or in two passes over the parts of the batch."""
+        if self.args.micro_batch_size == 0:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        parts = _split(self._model_inputs(model, inputs), self.args.micro_batch_size)
+        seeds = torch.randint(2**62, (len(parts),)).tolist()
+        unwrapped = self.accelerator.unwrap_model(model)
+        with torch.no_grad(), keep_batch_norm_statistics(unwrapped):
+            embeds = [_embed(unwrapped, part, seed) for part, seed in zip(parts, seeds, strict=True)]
+        logit_parameters = (unwrapped.logit_scale, unwrapped.logit_bias)
+        leaves = [torch.cat(column) for column in zip(*embeds, strict=True)]  # (images, dim), (texts, dim)
+        leaves = [leaf.detach().requires_grad_() for leaf in (*leaves, *logit_parameters)]
+        loss = self._global_loss(leaves, inputs)
+        image_grads, text_grads, *logit_grads = torch.autograd.grad(loss, leaves)
+        image_grads = image_grads.split([len(images) for images, _ in embeds])
+        text_grads = text_grads.split([len(texts) for _, texts in embeds])
+        # Processes exchange their gradients once, after the part that surely has texts.
+        for index in reversed(range(len(parts))):
+            with self.accelerator.no_sync(model) if index > 0 else contextlib.nullcontext():
+                outputs = (*_embed(model, parts[index], seeds[index]), *logit_parameters)
+                shares = [gradient / len(parts) for gradient in logit_grads]
+                gradients = (image_grads[index], text_grads[index], *shares)
+                # Its derivative by each output is the gradient that the loss has there.
+                product = sum((out * grad).sum() for out, grad in zip(outputs, gradients, strict=True))
+                self.accelerator.backward(product / self.current_gradient_accumulation_steps)
+        return loss.detach() / self.current_gradient_accumulation_steps
+
+    def _global_loss(self, tensors: Sequence[torch.Tensor], inputs: dict[str, Any]) -> torch.Tensor:
+        """Of image embeddings, text embeddings, t' and b, by the options."""
+        image_embeds, text_embeds, logit_scale, logit_bias = tensors
+        return global_sigmoid_loss(
+            image_embeds,
+            text_embeds,
+            logit_scale,
+            logit_bias,
+            **inputs.get("pairs", {}),
+            duplicates=self.args.duplicate_texts,
+            variant=self.args.loss_variant,
+            chunk_size=self.args.loss_chunk_size,
+        )
+
+    def _model_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         pixel_values = inputs["pixel_values"]  # (images, 3, height, width)
         if model.training and self.args.augment:
             pixel_values = random_shift_and_flip(pixel_values, shift=pixel_values.shape[-1] // 8)
         if self.args.channels_last:
             pixel_values = pixel_values.to(memory_format=torch.channels_last)
-        return super().compute_loss(model, inputs | {"pixel_values": pixel_values}, return_outputs)
+        rest = {name: value for name, value in inputs.items() if name not in ("pairs", "return_loss")}
+        return rest | {"pixel_values": pixel_values}
+
+
+def _split(inputs: dict[str, Any], images_at_once: int) -> list[dict[str, Any]]:
+    """A batch in parts of at most so many images, with as many parts of its texts; the last may have none."""
+    parts = math.ceil(len(inputs["pixel_values"]) / images_at_once)
+    tensors = {name: value.tensor_split(parts) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    others = {name: value for name, value in inputs.items() if name not in tensors}
+    return [
+        others | {name: pieces[part] for name, pieces in tensors.items() if len(pieces[part]) > 0}
+        for part in range(parts)
+    ]
+
+
+def _embed(model: nn.Module, inputs: dict[str, Any], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image and text embeddings, with the same dropout whenever `seed` is the same."""
+    torch.manual_seed(seed)
+    outputs = model(**inputs)
+    no_texts = outputs.image_embeds[:0]
+    return outputs.image_embeds, no_texts if outputs.text_embeds is None else outputs.text_embeds
 
 
 class VlmTrainer(_ArtifactTrainer):
