@@ -497,19 +497,36 @@ def test_images_are_augmented_in_training_alone(tiny_encoder, tiny_encoder_proce
 # Several processes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_two_processes_train_the_vlm(vlm_argv, tmp_path):
+def run_two_processes(module: str, folder: Path, argv: list[str]) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "sigphi.train.vlm", *COMMON, *vlm_argv, "--output-dir", str(tmp_path / "vlm")]
-    environment = child_environment(tmp_path / "home")
-    result = subprocess.run(
-        [*command, "--use_cpu", "--max-steps", "2"],
+    environment = child_environment(folder / "home")
+    return subprocess.run(
+        [*launcher, "-m", module, *COMMON, *argv, "--use_cpu"],
         env={name: value for name, value in environment.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=300,
     )
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_encoder(encoder_argv, tmp_path):
+    folder = tmp_path / "siglip"
+    argv = [*encoder_argv, "--output-dir", str(folder), "--batch-size", "6", "--micro-batch-size", "4"]
+    result = run_two_processes("sigphi.train.siglip", tmp_path, argv)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("chance/text_to_image_r10") == 1, "one process evaluates the artifact"
+    history = json.loads((folder / "log_history.json").read_text())
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [2, 4]
+    assert SiglipResNetModel.from_pretrained(folder).logit_scale.item() != pytest.approx(np.log(10), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_vlm(vlm_argv, tmp_path):
+    argv = [*vlm_argv, "--output-dir", str(tmp_path / "vlm"), "--max-steps", "2"]
+    result = run_two_processes("sigphi.train.vlm", tmp_path, argv)
     assert result.returncode == 0, result.stderr[-4000:]
     results = json.loads((tmp_path / "vlm" / "eval_results.json").read_text())
     history = json.loads((tmp_path / "vlm" / "log_history.json").read_text())

@@ -357,12 +357,13 @@ def check_launch(arguments: TrainingArguments) -> None:
     if world != arguments.world_size:
         raise UserError(
             f"WORLD_SIZE is {world}, but {arguments.world_size} process trains: each would train alone. On CPU launch "
-            f"with: torchrun --nproc_per_node {world} -m sigphi.train.vlm --use_cpu ..."
+            f"with: torchrun --nproc_per_node {world} -m sigphi.train.siglip --use_cpu ... (or sigphi.train.vlm)"
         )
     if arguments.n_gpu > 1:
         raise UserError(
             f"{arguments.n_gpu} GPUs are visible to one process. Launch one process for each: accelerate launch "
-            f"--num_processes {arguments.n_gpu} -m sigphi.train.vlm ... (or set CUDA_VISIBLE_DEVICES=0)"
+            f"--num_processes {arguments.n_gpu} -m sigphi.train.siglip ... (or sigphi.train.vlm; or set "
+            f"CUDA_VISIBLE_DEVICES=0)"
         )
 
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel, pairwise_logits
 from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
-from sigphi.train.collators import preprocess, text_key
+from sigphi.train.collators import preprocess
 from sigphi.train.data import distinct_images
 from sigphi.train.facts import CLASS_NAMES
 from sigphi.train.images import decode_images
@@ -29,6 +29,7 @@ from sigphi.train.metrics import (
     recall_at_k,
     top1_accuracy,
 )
+from sigphi.train.pairs import text_key
 from sigphi.train.report import write_confusion_matrix
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,6 @@ from sigphi.train.arguments import (
     check_evaluation,
 )
 from sigphi.train.checkpoints import read_config
-from sigphi.train.collators import text_key
 from sigphi.train.costs import (
     ENCODED_AT_ONCE,
     Costs,
@@ -40,6 +39,7 @@ from sigphi.train.evaluation import only_unseen
 from sigphi.train.images import decode_images
 from sigphi.train.memory import Speed
 from sigphi.train.padding import padded_tokens, padding_share, random_batches
+from sigphi.train.pairs import text_key
 from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
 from sigphi.train.siglip import encoder_config, encoder_processor
 from sigphi.train.vlm import MAX_CACHED_BYTES, check_lengths, check_models, choose_watched

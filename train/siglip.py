@@ -2,6 +2,7 @@
 
 sigphi train-siglip --input-csv qa.csv --output-dir outputs/siglip
 accelerate launch -m sigphi.train.siglip --input-csv qa.csv --output-dir outputs/siglip
+torchrun --nproc_per_node 2 -m sigphi.train.siglip --use_cpu --input-csv qa.csv --output-dir outputs/siglip
 """
 
 import logging
