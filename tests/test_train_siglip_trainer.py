@@ -46,7 +46,11 @@ def make_rows() -> datasets.Dataset:
 
 
 def make_images() -> torch.Tensor:
-    return torch.randint(256, (NUM_ROWS, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    """A color and a pattern each, so that their embeddings and the statistics of two halves of a batch differ."""
+    generator = torch.Generator().manual_seed(3)
+    colors = torch.randint(128, (NUM_ROWS, 3, 1, 1), dtype=torch.uint8, generator=generator)
+    pattern = torch.randint(128, (NUM_ROWS, 3, 4, 4), dtype=torch.uint8, generator=generator)
+    return colors + pattern.repeat_interleave(8, -1).repeat_interleave(8, -2)
 
 
 class Recorder(TrainerCallback):
