@@ -42,7 +42,7 @@ def documented_defaults(dataclass_type: type) -> dict[str, str]:
     text = " ".join(dataclass_type.__doc__.split())
     listed = re.search(r"Defaults that differ from .*?: (.*?)\.?$", text)[1]
     defaults = {}
-    for names, value in re.findall(r"((?:`\w+`(?: and )?)+) (`\"\w+\"`|[\d.]+(?:e-\d+)?|on\b)", listed):
+    for names, value in re.findall(r"((?:`\w+`(?: and )?)+) (`\"\w+\"`|[\d.]+(?:e-\d+)?|on\b|off\b)", listed):
         defaults |= dict.fromkeys(re.findall(r"`(\w+)`", names), value.strip('`"'))
     return defaults
 
@@ -57,7 +57,8 @@ def test_documented_defaults_are_the_real_ones(dataclass_type):
     assert len(documented) >= 8
     for name, value in documented.items():
         real = default_of(dataclass_type, name)
-        expected = True if value == "on" else value if isinstance(real, str) else float(value)
+        switches: dict[str, object] = {"on": True, "off": False}
+        expected = switches[value] if value in switches else value if isinstance(real, str) else float(value)
         assert real == expected, name
 
 

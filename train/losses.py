@@ -75,7 +75,7 @@ def global_sigmoid_loss(
     all_text_ids = _gather(text_ids, group)
     is_first = _first_of_each(torch.cat(all_text_ids)[:, 0].abs()).split([len(ids) for ids in all_text_ids])
     all_text_ids = [ids[mask] for ids, mask in zip(all_text_ids, is_first, strict=True)]
-    dtype = torch.promote_types(image_embeds.dtype, torch.float32)
+    dtype = torch.promote_types(torch.promote_types(image_embeds.dtype, text_embeds.dtype), torch.float32)
     return _GlobalSigmoidLoss.apply(
         image_embeds.to(dtype),
         text_embeds.to(dtype)[is_first[_rank(group)]],
@@ -152,7 +152,7 @@ def _compare_with_gathered(
     if len(pairs.text_ids) > 1:
         dist.all_reduce(text_grads, group=pairs.group)
     own = text_grads.split([len(ids) for ids in pairs.text_ids])[_rank(pairs.group)]
-    return sums, image_grads, own
+    return sums, image_grads, own.clone()  # a view would keep all texts' gradients in memory
 
 
 def _add_block(
