@@ -111,6 +111,29 @@ def right_padded(
     return input_ids.gather(1, order), attention_mask.gather(1, order), lengths - 1
 
 
+def pooled_states(
+    tower: nn.Module, config: SiglipResNetConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The states of a text tower, pooled over the real tokens of each text as `config` says.
+
+    Args:
+        tower (`nn.Module`): a text model of transformers.
+        config (`SiglipResNetConfig`): `text_layer` and `text_pooling` count.
+        input_ids, attention_mask (`torch.Tensor` of shape `(texts, length)`): see [`right_padded`].
+
+    Returns:
+        `tuple`: states `(texts, length, hidden_size)`, the real tokens first, and pooled ones `(texts, hidden_size)`.
+    """
+    input_ids, attention_mask, last = right_padded(input_ids, attention_mask)
+    outputs = tower(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+    hidden_states = outputs.hidden_states[config.text_layer]  # (texts, length, hidden_size)
+    if config.text_pooling == "last":
+        return hidden_states, hidden_states[torch.arange(len(last), device=last.device), last]
+    weights = attention_mask.unsqueeze(-1).to(hidden_states.dtype)  # (texts, length, 1)
+    return hidden_states, (hidden_states * weights).sum(1) / weights.sum(1)
+
+
 @dataclass
 class SiglipResNetOutput(ModelOutput):
     r"""
@@ -287,14 +310,7 @@ class SiglipResNetTextModel(SiglipResNetPreTrainedModel):
         The second, of shape `(texts, hidden_size)`, may be computed once per text while the tower is frozen, and given
         to [`SiglipResNetModel.forward`] as `text_features`.
         """
-        tower = self._tower()
-        input_ids, attention_mask, last = right_padded(input_ids, attention_mask)
-        outputs = tower(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
-        hidden_states = outputs.hidden_states[self.config.text_layer]  # (texts, length, hidden_size)
-        if self.config.text_pooling == "last":
-            return hidden_states, hidden_states[torch.arange(len(last), device=last.device), last]
-        weights = attention_mask.unsqueeze(-1).to(hidden_states.dtype)  # (texts, length, 1)
-        return hidden_states, (hidden_states * weights).sum(1) / weights.sum(1)
+        return pooled_states(self._tower(), self.config, input_ids, attention_mask)
 
     def project(self, pooled: torch.Tensor) -> torch.Tensor:
         """From pooled states `(texts, hidden_size)` to embeddings `(texts, projection_dim)`, not normalised."""
@@ -463,6 +479,7 @@ __all__ = [
     "SiglipResNetVisionModel",
     "keep_batch_norm_statistics",
     "pairwise_logits",
+    "pooled_states",
     "right_padded",
     "sigmoid_loss",
 ]

@@ -603,5 +603,6 @@ __all__ = [
     "SigPhiMultiModalProjector",
     "SigPhiPreTrainedModel",
     "base_quantization",
+    "image_feature_size",
     "load_base_language_model",
 ]

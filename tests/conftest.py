@@ -120,6 +120,14 @@ def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     }
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_feature_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the features in the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared() -> dict[str, Any]:
     """The originals, made once; tests get copies by the fixtures below."""

@@ -80,6 +80,8 @@ def test_a_quantised_base_without_bitsandbytes_names_the_command_that_installs_i
         with pytest.raises(UserError, match=rf"--bits {bits} needs .*pip install 'sigphi\[qlora\]'"):
             VlmModelArguments(siglip_checkpoint="encoder", bits=bits)
     assert VlmModelArguments(siglip_checkpoint="encoder", bits=16).bits == 16
+    with pytest.raises(UserError, match=r"--text-tower-dtype nf4 needs .*pip install 'sigphi\[qlora\]'"):
+        SiglipModelArguments(text_tower_dtype="nf4")
 
 
 def test_full_tuning_needs_16_bits():
@@ -95,7 +97,7 @@ def test_full_tuning_needs_16_bits():
         (VlmModelArguments, {"siglip_checkpoint": "e", "bits": 2}, "--bits must be one of 4, 8, 16, got 2"),
         (VlmModelArguments, {"siglip_checkpoint": "e", "tuning": "half"}, "--tuning must be .*'half'"),
         (VlmModelArguments, {"siglip_checkpoint": "e", "attn_implementation": "x"}, "--attn-implementation .*'x'"),
-        (VlmModelArguments, {"siglip_checkpoint": "e", "cache_image_features": "x"}, "--cache-image-features .*'x'"),
+        (VlmModelArguments, {"siglip_checkpoint": "e", "image_cache": "auto"}, "--image-cache .*'auto'"),
         (DataArguments, {}, "--input-csv is needed"),
         (DataArguments, {"input_csv": "a", "eval_fraction": 1.0}, "--eval-fraction must .*1.0"),
         (DataArguments, {"input_csv": "a", "image_split": "val"}, "--image-split must .*train, test, got 'val'"),
@@ -105,9 +107,27 @@ def test_full_tuning_needs_16_bits():
         (SiglipModelArguments, {"text_pooling": "x"}, "--text-pooling must .*'x'"),
         (SiglipModelArguments, {"depths": [1]}, r"--hidden-sizes and --depths .*\[1\]"),
         (
+            VlmModelArguments,
+            {"siglip_checkpoint": "e", "image_cache": "off", "image_cache_dir": "d"},
+            "--image-cache-dir has no use with --image-cache off",
+        ),
+        (SiglipModelArguments, {"text_cache": "x"}, "--text-cache must .*'x'"),
+        (SiglipModelArguments, {"text_tower_dtype": "float16"}, "--text-tower-dtype must .*'float16'"),
+        (SiglipModelArguments, {"text_cache": "on", "train_text_tower": True}, "--text-cache on needs a frozen"),
+        (
             SiglipModelArguments,
-            {"cache_text_features": "on", "train_text_tower": True},
-            "--cache-text-features on needs a frozen",
+            {"text_cache": "off", "text_cache_dir": "d"},
+            "--text-cache-dir has no use with --text-cache off",
+        ),
+        (
+            SiglipModelArguments,
+            {"train_text_tower": True, "text_cache_dir": "d"},
+            "--text-cache-dir has no use with --train-text-tower",
+        ),
+        (
+            SiglipModelArguments,
+            {"train_text_tower": True, "text_tower_dtype": "bfloat16"},
+            "--text-tower-dtype bfloat16 needs a frozen",
         ),
     ],
 )

@@ -92,9 +92,18 @@ class SiglipModelArguments:
         help="Hidden states to pool: -1 is the text tower's last layer, 0 its embedding.", default=-1
     )
     train_text_tower: bool = HfArg(help="Train the text tower too; it is frozen otherwise.", default=False)
-    cache_text_features: str = HfArg(
-        help="Run the text tower once per distinct text, before training: 'auto' (when it is frozen), 'on', 'off'.",
+    text_cache: str = HfArg(
+        help="Run the frozen text tower once per distinct text, keep what it says in a file, and train without it: "
+        "'auto' (when it is frozen), 'on', 'off'.",
         default="auto",
+    )
+    text_cache_dir: str | None = HfArg(
+        help="Folder of that file, which later runs read again; by default sigphi in the cache of Hugging Face.",
+        default=None,
+    )
+    text_tower_dtype: str = HfArg(
+        help="Precision of a frozen text tower in training: 'float32', 'bfloat16', or 'nf4' (4 bits).",
+        default="float32",
     )
     save_text_tower: bool = HfArg(help="Write a frozen text tower into the model's folder.", default=False)
     max_text_length: int = HfArg(help="Longest text in tokens; longer ones are cut.", default=64)
@@ -107,12 +116,33 @@ class SiglipModelArguments:
         one_of("--layer-type", self.layer_type, ("bottleneck", "basic"))
         one_of("--stem", self.stem, ("cifar", "imagenet"))
         one_of("--text-pooling", self.text_pooling, ("last", "mean"))
-        one_of("--cache-text-features", self.cache_text_features, ("auto", "on", "off"))
-        if self.cache_text_features == "on" and self.train_text_tower:
-            raise UserError("--cache-text-features on needs a frozen text tower: leave --train-text-tower out.")
+        one_of("--text-cache", self.text_cache, ("auto", "on", "off"))
+        one_of("--text-tower-dtype", self.text_tower_dtype, ("float32", "bfloat16", "nf4"))
+        self._check_text_tower()
         if len(self.hidden_sizes) != len(self.depths):
             raise UserError(
                 f"--hidden-sizes and --depths must name the same stages, got {self.hidden_sizes} and {self.depths}."
+            )
+
+    @property
+    def caches_texts(self) -> bool:
+        """Whether training reads the text tower's states from a file."""
+        return self.text_cache != "off" and not self.train_text_tower
+
+    def _check_text_tower(self) -> None:
+        if self.text_cache == "on" and self.train_text_tower:
+            raise UserError("--text-cache on needs a frozen text tower: leave --train-text-tower out.")
+        if self.text_cache_dir is not None and not self.caches_texts:
+            cause = "--train-text-tower" if self.train_text_tower else "--text-cache off"
+            raise UserError(f"--text-cache-dir has no use with {cause}: leave one of them out.")
+        if self.text_tower_dtype != "float32" and self.train_text_tower:
+            raise UserError(
+                f"--text-tower-dtype {self.text_tower_dtype} needs a frozen text tower: its weights are too coarse to "
+                f"train. Leave --train-text-tower out (--bf16 true trains with bfloat16 arithmetic)."
+            )
+        if self.text_tower_dtype == "nf4" and not is_bitsandbytes_available():
+            raise UserError(
+                "--text-tower-dtype nf4 needs bitsandbytes: pip install 'sigphi[qlora]' (or use bfloat16)."
             )
 
 
@@ -137,9 +167,14 @@ class VlmModelArguments:
         help="'auto' (FlashAttention-2 where it can run, else sdpa), 'eager', 'sdpa', 'flash_attention_2'.",
         default="auto",
     )
-    cache_image_features: str = HfArg(
-        help="Run the frozen image tower once per image, before training: 'on', 'off', or 'auto' (up to 4 GiB).",
-        default="auto",
+    image_cache: str = HfArg(
+        help="Run the frozen image tower once per image, before training, and keep what it says in a file: 'on', "
+        "'off'.",
+        default="on",
+    )
+    image_cache_dir: str | None = HfArg(
+        help="Folder of that file, which later runs read again; by default sigphi in the cache of Hugging Face.",
+        default=None,
     )
 
     def __post_init__(self) -> None:
@@ -147,7 +182,9 @@ class VlmModelArguments:
             raise UserError("--siglip-checkpoint is needed: the encoder that `sigphi train-siglip` wrote.")
         one_of("--tuning", self.tuning, ("lora", "full"))
         one_of("--bits", self.bits, (4, 8, 16))
-        one_of("--cache-image-features", self.cache_image_features, ("auto", "on", "off"))
+        one_of("--image-cache", self.image_cache, ("on", "off"))
+        if self.image_cache == "off" and self.image_cache_dir is not None:
+            raise UserError("--image-cache-dir has no use with --image-cache off: leave one of them out.")
         one_of("--attn-implementation", self.attn_implementation, ("auto", "eager", "sdpa", "flash_attention_2"))
         if self.tuning == "full" and self.bits != 16:
             raise UserError(f"--tuning full trains all weights, which {self.bits}-bit ones cannot be: add --bits 16.")

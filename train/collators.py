@@ -1,6 +1,6 @@
 """Batches for the two stages: images by index from one tensor, texts tokenised here or before."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +66,8 @@ class SiglipCollator:
         } | self._text_inputs(texts)
 
     def _text_inputs(self, texts: dict[str, str]) -> dict[str, torch.Tensor]:
-        if self.text_features is not None and self.text_rows is not None:
-            return {"text_features": self.text_features[[self.text_rows[key] for key in texts]]}
+        if self.text_features is not None:
+            return {"text_features": self.features_of(texts)}
         tokens = self.processor.tokenizer(
             list(texts.values()),
             padding=True,
@@ -76,6 +76,11 @@ class SiglipCollator:
             return_tensors="pt",
         )
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    def features_of(self, texts: Iterable[str]) -> torch.Tensor:
+        """The rows of `text_features` for these texts, `(texts, hidden_size)`."""
+        assert self.text_features is not None and self.text_rows is not None, "the texts are not cached"
+        return self.text_features[[self.text_rows[text_key(text)] for text in texts]]
 
 
 @dataclass

@@ -28,8 +28,9 @@ from sigphi.train.errors import UserError
 from sigphi.train.memory import MemoryMeter, Speed, fake_mode, materialize
 from sigphi.train.qlora import build_vlm
 from sigphi.train.siglip import whiten_text_projection
+from sigphi.train.text_tower import TEXTS_A_BATCH, TOKENS_A_BATCH
 
-# What `encode_images` and `pool_texts` take at once, and the longest answer that an evaluation asks for.
+# What `encode_images` takes at once, and the longest answer that an evaluation asks for.
 ENCODED_AT_ONCE = 256
 ANSWER_TOKENS = 80
 
@@ -141,7 +142,7 @@ class SiglipSetup:
     @property
     def caches_features(self) -> bool:
         """Whether the text tower runs once a text, before training."""
-        return self.model.cache_text_features != "off" and not self.model.train_text_tower
+        return self.model.caches_texts
 
 
 def vlm_costs(setup: VlmSetup, batch: VlmBatch, speed: Speed | None = None) -> Costs:
@@ -396,8 +397,8 @@ class _Run:
             yield
             self.meter.end()
 
-    def costs(self, feature_bytes: float, feature_moment: str) -> Costs:
-        """What the run has found; one pass of `feature_moment` gave the features of `ENCODED_AT_ONCE` items."""
+    def costs(self, feature_bytes: float, feature_moment: str, at_once: int) -> Costs:
+        """What the run has found; one pass of `feature_moment` gave the features of `at_once` items."""
         flops, seconds = self.work["step"]
         return Costs(
             parameters=self.parameters,
@@ -408,7 +409,7 @@ class _Run:
             flops=flops,
             seconds=seconds,
             feature_bytes=feature_bytes,
-            feature_seconds=self.work[feature_moment][1] / ENCODED_AT_ONCE,
+            feature_seconds=self.work[feature_moment][1] / at_once,
         )
 
 
@@ -459,7 +460,7 @@ def _run_vlm(model: Any, setup: VlmSetup, batch: VlmBatch, speed: Speed | None) 
         itemsize = model.model.vision_tower.dtype.itemsize
         tower = _number_of(encoder.parameters()) * itemsize
         run.meter.moments["loading"] = run.weights | {"the encoder with its text tower": tower}
-    return run.costs(features.numel() * features.itemsize, "image features")
+    return run.costs(features.numel() * features.itemsize, "image features", ENCODED_AT_ONCE)
 
 
 @dataclass(frozen=True)
@@ -499,6 +500,8 @@ def _run_encoder(model: Any, setup: SiglipSetup, batch: SiglipBatch, speed: Spee
     vision: Any = setup.encoder.vision_config
     hidden_size = model.text_model.projection.in_features
 
+    texts_at_once = min(TEXTS_A_BATCH, max(TOKENS_A_BATCH // batch.length, 1))
+
     def texts(rows: int) -> dict[str, torch.Tensor]:
         ids = torch.zeros(rows, batch.length, dtype=torch.long, device=arguments.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -514,15 +517,17 @@ def _run_encoder(model: Any, setup: SiglipSetup, batch: SiglipBatch, speed: Spee
         return masks | words | {"pixel_values": pixels, "return_loss": True}
 
     with run.inference("text features"):
-        model.text_model.pool(**texts(ENCODED_AT_ONCE))
-    if setup.caches_features and setup.model.siglip_checkpoint is None:
+        model.text_model.pool(**texts(texts_at_once))
+    if setup.caches_features:  # training then holds no text tower
+        model.text_model.language_model = None
+    if setup.model.siglip_checkpoint is None:
         with run.inference("whitening of the text projection"):
             whiten_text_projection(model, run.fake(batch.all_texts, hidden_size))
     run.train_step(inputs, _layers_of(model.text_model.language_model) if setup.model.train_text_tower else None)
     if setup.evaluates:
         with run.inference("evaluation, images"):
             model(pixel_values=run.fake(arguments.per_device_eval_batch_size, 3, vision.image_size, vision.image_size))
-    return run.costs(torch.float32.itemsize * hidden_size, "text features")
+    return run.costs(torch.float32.itemsize * hidden_size, "text features", texts_at_once)
 
 
 __all__ = [

@@ -31,6 +31,7 @@ from sigphi.train.metrics import (
 )
 from sigphi.train.pairs import text_key
 from sigphi.train.report import write_confusion_matrix
+from sigphi.train.text_tower import pooled_batches, token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +64,10 @@ def pool_texts(
     """
     was_training = model.training
     model.eval()
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    tokens = token_ids(processor.tokenizer, texts, max_length)
     pooled = torch.empty(len(texts), model.text_model.projection.in_features)
-    for start in tqdm(range(0, len(order), batch_size), desc="texts", disable=None, leave=False):
-        rows = order[start : start + batch_size]
-        part = [texts[row] for row in rows]
-        tokens = processor.tokenizer(part, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        tokens = tokens.to(model.device)
-        pooled[rows] = model.text_model.pool(tokens["input_ids"], tokens["attention_mask"])[1].float().cpu()
+    for rows, part in pooled_batches(model.text_model.pool, tokens, model.text_model.device, batch_size):
+        pooled[rows] = part.float()
     model.train(was_training)
     return pooled
 
@@ -82,10 +79,23 @@ def embed_texts(model: SiglipResNetModel, processor: Any, texts: Sequence[str], 
     return model(text_features=pooled).text_embeds.cpu()
 
 
-def class_embeddings(model: SiglipResNetModel, processor: Any, batch_size: int = 64) -> torch.Tensor:
-    """One L2-normalised embedding a class, of shape `(10, projection_dim)`: the mean over [`ZERO_SHOT_PROMPTS`]."""
-    texts = [prompt.format(with_article(name)) for name in CLASS_NAMES for prompt in ZERO_SHOT_PROMPTS]
-    embeds = embed_texts(model, processor, texts, batch_size)  # (classes * prompts, dim)
+def class_texts() -> list[str]:
+    """All [`ZERO_SHOT_PROMPTS`] of the first class, then those of the second, and so on."""
+    return [prompt.format(with_article(name)) for name in CLASS_NAMES for prompt in ZERO_SHOT_PROMPTS]
+
+
+@torch.no_grad()
+def class_embeddings(
+    model: SiglipResNetModel, processor: Any, batch_size: int = 64, features: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    One L2-normalised embedding a class, of shape `(10, projection_dim)`: the mean over [`ZERO_SHOT_PROMPTS`].
+
+    With `features`, what the text projection reads of each of [`class_texts`], the model needs no text tower.
+    """
+    if features is None:
+        features = pool_texts(model, processor, class_texts(), batch_size)
+    embeds = model(text_features=features.to(model.device)).text_embeds.cpu()  # (classes * prompts, dim)
     mean = embeds.view(len(CLASS_NAMES), len(ZERO_SHOT_PROMPTS), -1).mean(1)
     return torch.nn.functional.normalize(mean, dim=-1)
 
@@ -228,6 +238,7 @@ def _retrieval(
 
 __all__ = [
     "class_embeddings",
+    "class_texts",
     "embed_images",
     "embed_texts",
     "evaluate_encoder",

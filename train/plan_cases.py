@@ -24,7 +24,6 @@ from sigphi.train.arguments import (
 )
 from sigphi.train.checkpoints import read_config
 from sigphi.train.costs import (
-    ENCODED_AT_ONCE,
     Costs,
     SiglipBatch,
     SiglipSetup,
@@ -42,7 +41,8 @@ from sigphi.train.padding import padded_tokens, padding_share, random_batches
 from sigphi.train.pairs import text_key
 from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
 from sigphi.train.siglip import encoder_config, encoder_processor
-from sigphi.train.vlm import MAX_CACHED_BYTES, check_lengths, check_models, choose_watched
+from sigphi.train.text_tower import length_batches
+from sigphi.train.vlm import check_lengths, check_models, choose_watched
 
 # Options in other words than their fields'.
 _FLAGS = {"per_device_train_batch_size": "--batch-size"}
@@ -119,12 +119,8 @@ class VlmCase(_Case):
 
     @property
     def caches_features(self) -> bool:
-        """Whether the image tower runs once an image, as `collator_for` decides."""
-        vision: Any = self.encoder.vision_config
-        tokens = self.model.num_image_tokens
-        feature_size = vision.projection_dim if tokens == 1 else vision.hidden_sizes[-1]
-        is_small = self.num_images * tokens * feature_size * 4 <= MAX_CACHED_BYTES
-        return self.model.cache_image_features == "on" or (self.model.cache_image_features == "auto" and is_small)
+        """Whether the image tower runs once an image."""
+        return self.model.image_cache == "on"
 
     @property
     def batch(self) -> VlmBatch:
@@ -237,8 +233,8 @@ class SiglipCase(_Case):
         """The share of the tokens that is padding: of the texts of an epoch's batches, or of those that are cached."""
         if not self.caches_features:
             return padding_share(self.lengths, self._texts_of_batches)
-        by_length, starts = np.argsort(self.lengths), range(0, len(self.lengths), ENCODED_AT_ONCE)
-        return padding_share(self.lengths, [by_length[start : start + ENCODED_AT_ONCE] for start in starts])
+        batches = length_batches(self.lengths.tolist())
+        return padding_share(self.lengths, [np.array(rows) for rows in batches])
 
     @property
     def mean_share(self) -> float:

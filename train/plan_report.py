@@ -50,15 +50,10 @@ class Estimate:
         """The estimate for a training."""
         costs = case.costs(machine.speed)
         data = {"decoded images": float(case.num_images * case.image_bytes)}
-        if case.caches_features:
-            data["cached features"] = case.num_features * costs.feature_bytes
         if machine.device.type != "cpu":
             moments = {name: kinds for name, kinds in costs.moments.items() if name not in _ON_HOST}
             return cls(costs, {name: kinds | machine.taken for name, kinds in moments.items()}, data)
         moments = {name: kinds | data | machine.taken for name, kinds in costs.moments.items()}
-        if "image features" in moments and case.caches_features:
-            # The parts of the cache and their whole are there at once.
-            moments["image features"]["cached features"] *= 2
         return cls(costs, moments, {})
 
     @property

@@ -78,10 +78,12 @@ def main(argv: list[str] | None = None) -> None:
     with _Timed(seconds, "data"):
         build_csv(train_csv, IMAGES, "train", question_types=TYPES)
         build_csv(test_csv, IMAGES, "test", num_images=options.test_images, question_types=TYPES)
+    base, encoder, features = str(folder / "base"), str(folder / "siglip"), str(folder / "features")
+    vlm_options = ["--siglip-checkpoint", encoder, "--language-model", base, "--image-cache-dir", features]
     stages: list[tuple[str, Any, list[str]]] = [
         ("base", base_lm, []),
-        ("siglip", siglip, ["--text-model", str(folder / "base")]),
-        ("vlm", vlm, ["--siglip-checkpoint", str(folder / "siglip"), "--language-model", str(folder / "base")]),
+        ("siglip", siglip, ["--text-model", base, "--text-cache-dir", features]),
+        ("vlm", vlm, vlm_options),
     ]
     for name, module, arguments in stages:
         with _Timed(seconds, name):

@@ -5,10 +5,11 @@ accelerate launch -m sigphi.train.siglip --input-csv qa.csv --output-dir outputs
 torchrun --nproc_per_node 2 -m sigphi.train.siglip --use_cpu --input-csv qa.csv --output-dir outputs/siglip
 """
 
+import copy
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from sigphi.train.arguments import DataArguments, SiglipModelArguments, SiglipTr
 from sigphi.train.checkpoints import read_config
 from sigphi.train.collators import SiglipCollator
 from sigphi.train.data import distinct_images, load_data
-from sigphi.train.encoder_evaluation import class_embeddings, embed_images, pool_texts
+from sigphi.train.encoder_evaluation import class_embeddings, class_texts, embed_images, pool_texts
 from sigphi.train.encoder_options import EncoderEvaluationArguments, sample_images
 from sigphi.train.errors import run_command
 from sigphi.train.evaluation import evaluate_folder, results_table
@@ -35,25 +36,64 @@ from sigphi.train.pairs import text_key
 from sigphi.train.parser import parse_arguments
 from sigphi.train.records import durable_name, write_training_data
 from sigphi.train.report import write_loss_curve
+from sigphi.train.text_tower import cached_text_features, text_tower_of, token_ids
 from sigphi.train.trainers import SiglipTrainer
 
 logger = logging.getLogger(__name__)
 
 
-def build_encoder(arguments: SiglipModelArguments) -> tuple[SiglipResNetModel, SiglipResNetProcessor]:
+def build_encoder(
+    arguments: SiglipModelArguments, config: SiglipResNetConfig, device: torch.device | None = None
+) -> SiglipResNetModel:
     """
-    The encoder that the options describe, and its processor.
+    The encoder that the options describe; without a text tower where training reads what it says from a file.
+
+    Args:
+        arguments (`SiglipModelArguments`): the options.
+        config (`SiglipResNetConfig`): of [`encoder_config`].
+        device (`torch.device`, *optional*): of the text tower, by default the CPU.
 
     Raises:
-        UserError: if a tower cannot be read or is of another kind.
+        UserError: if the text tower cannot be read.
     """
-    config, name = encoder_config(arguments), arguments.siglip_checkpoint
-    model = _new_encoder(arguments, config) if name is None else _saved_encoder(name, config)
-    text_tower: Any = model.text_model.language_model
-    text_tower.requires_grad_(arguments.train_text_tower)
-    # The tower is read apart even when it is trained, so that it starts from its own weights.
-    model.config.include_text_tower |= arguments.train_text_tower or arguments.save_text_tower
-    return model, encoder_processor(arguments)
+    # The tower is read apart, so that a new encoder starts from the tower's own weights, in any precision.
+    towerless = copy.deepcopy(config)
+    towerless.include_text_tower = False
+    if arguments.siglip_checkpoint is None:
+        model = _new_encoder(arguments, towerless)
+    else:
+        model = SiglipResNetModel.from_pretrained(arguments.siglip_checkpoint, config=towerless)
+    if not arguments.caches_texts:
+        tower: Any = text_tower_of(config, arguments.siglip_checkpoint).load(arguments.text_tower_dtype, device)
+        model.text_model.language_model = tower.requires_grad_(arguments.train_text_tower)
+    is_exact = not arguments.caches_texts and arguments.text_tower_dtype == "float32"
+    _include_text_tower(model, config, is_exact and _saves_text_tower(arguments, config))
+    return model
+
+
+def complete_encoder(model: SiglipResNetModel, arguments: SiglipModelArguments, config: SiglipResNetConfig) -> None:
+    """
+    Give a trained encoder the frozen text tower that its folder has to hold, if any, in the tower's own precision.
+
+    Args:
+        model (`SiglipResNetModel`): of [`build_encoder`].
+        arguments, config: as there.
+    """
+    if _saves_text_tower(arguments, config) and not model.config.include_text_tower:
+        model.text_model.language_model = text_tower_of(config, arguments.siglip_checkpoint).load()
+        _include_text_tower(model, config, True)
+
+
+def _saves_text_tower(arguments: SiglipModelArguments, config: SiglipResNetConfig) -> bool:
+    return config.include_text_tower or arguments.train_text_tower or arguments.save_text_tower
+
+
+def _include_text_tower(model: SiglipResNetModel, config: SiglipResNetConfig, included: bool) -> None:
+    """Whether the model is saved with its text tower, and where its config says that the tower is."""
+    model.config.include_text_tower = included
+    # The tower inside an encoder may have been trained: without it, nothing may point to the one that it came from.
+    is_nowhere = config.include_text_tower and not included
+    model.config.text_model_name_or_path = None if is_nowhere else config.text_model_name_or_path
 
 
 def encoder_config(arguments: SiglipModelArguments) -> SiglipResNetConfig:
@@ -81,20 +121,12 @@ def encoder_config(arguments: SiglipModelArguments) -> SiglipResNetConfig:
     )
 
 
-def _saved_encoder(name: str, config: SiglipResNetConfig) -> SiglipResNetModel:
-    model = SiglipResNetModel.from_pretrained(name)
-    if not config.include_text_tower:
-        model.load_text_tower()
-    return model
-
-
 def _new_encoder(arguments: SiglipModelArguments, config: SiglipResNetConfig) -> SiglipResNetModel:
     model = SiglipResNetModel(config)
     if arguments.vision_model is not None:
         model.vision_model = SiglipResNetVisionModel.from_pretrained(
             arguments.vision_model, config=config.vision_config
         )
-    model.load_text_tower()
     return model
 
 
@@ -164,14 +196,33 @@ def image_rows(dataset: datasets.Dataset) -> tuple[datasets.Dataset, torch.Tenso
     return datasets.Dataset.from_dict(rows), decode_images(images, range(len(images)))
 
 
-def cache_text_features(collator: SiglipCollator, model: SiglipResNetModel, texts: Sequence[str]) -> torch.Tensor:
-    """Run the frozen text tower once for each distinct text, let `collator` give the results, and return them."""
-    distinct = {text_key(text): text for text in reversed(list(texts))}
-    logger.info("embedding %d distinct texts once", len(distinct))
-    collator.text_rows = {key: row for row, key in enumerate(distinct)}
-    pooled = pool_texts(model, collator.processor, list(distinct.values()), max_length=collator.max_text_length)
-    collator.text_features = pooled
-    return pooled
+def distinct_texts(texts: Iterable[str]) -> dict[str, str]:
+    """One spelling of each text by its [`text_key`], sorted by it, whatever the order and number of `texts`."""
+    spellings = {text_key(text): text for text in sorted(set(texts), reverse=True)}
+    return dict(sorted(spellings.items()))
+
+
+def cache_texts(
+    collator: SiglipCollator,
+    texts: Iterable[str],
+    config: SiglipResNetConfig,
+    arguments: SiglipModelArguments,
+    device: torch.device | None = None,
+) -> None:
+    """
+    Give `collator` what the frozen text tower says of each distinct text, see [`cached_text_features`].
+
+    The first rows of its `text_features` are those of [`distinct_texts`] in that order; the texts of the classes,
+    which evaluations during training need, follow.
+    """
+    spellings = distinct_texts(texts)
+    spellings |= {key: text for key, text in distinct_texts(class_texts()).items() if key not in spellings}
+    tokens = token_ids(collator.processor.tokenizer, list(spellings.values()), collator.max_text_length)
+    tower = text_tower_of(config, arguments.siglip_checkpoint)
+    collator.text_features = cached_text_features(
+        tower, config, tokens, arguments.text_tower_dtype, arguments.text_cache_dir, device
+    )
+    collator.text_rows = {key: row for row, key in enumerate(spellings)}
 
 
 @torch.no_grad()
@@ -187,8 +238,10 @@ def whiten_text_projection(model: SiglipResNetModel, features: torch.Tensor) -> 
         model (`SiglipResNetModel`): its `text_model.projection` is set.
         features (`torch.Tensor` of shape `(texts, hidden_size)`): pooled states of the training texts.
     """
-    mean = features.double().mean(0)  # (hidden_size,)
-    variances, directions = torch.linalg.eigh(torch.cov((features.double() - mean).t()))  # ascending
+    parts = features.split(4096)  # features in a file need not fit in memory
+    mean = sum(part.double().sum(0) for part in parts) / len(features)  # (hidden_size,)
+    covariance = sum((part - mean).t() @ (part - mean) for part in parts) / (len(features) - 1)
+    variances, directions = torch.linalg.eigh(covariance)  # ascending
     # Directions with almost no variance hold rounding noise, which must not be blown up.
     scale = (variances + 1e-3 * variances.mean()).rsqrt()
     whitening = scale[:, None] * directions.t()  # (hidden_size, hidden_size)
@@ -200,21 +253,39 @@ def whiten_text_projection(model: SiglipResNetModel, features: torch.Tensor) -> 
 
 def encoder_inputs(
     data: datasets.DatasetDict,
-    model: SiglipResNetModel,
+    config: SiglipResNetConfig,
     processor: SiglipResNetProcessor,
     arguments: SiglipModelArguments,
+    device: torch.device | None = None,
 ) -> tuple[datasets.Dataset, datasets.Dataset | None, SiglipCollator]:
-    """Rows for training, rows for evaluation where images are held out, and the collator that has their images."""
+    """
+    Rows for training, rows for evaluation where images are held out, and the collator that has their images.
+
+    Args:
+        data (`datasets.DatasetDict`): of [`load_data`].
+        config (`SiglipResNetConfig`): of [`encoder_config`].
+        processor (`SiglipResNetProcessor`): of [`encoder_processor`].
+        arguments (`SiglipModelArguments`): the options.
+        device (`torch.device`, *optional*): where the text tower runs, if it has to; by default the CPU.
+    """
     everything = datasets.concatenate_datasets(list(data.values()))
     rows, pixels = image_rows(everything)
     collator = SiglipCollator(processor, pixels, arguments.max_text_length)
-    if arguments.cache_text_features != "off" and not arguments.train_text_tower:
-        features = cache_text_features(collator, model, everything["answer"])
-        if arguments.siglip_checkpoint is None:  # a checkpoint's projection is trained already
-            whiten_text_projection(model, features)
+    if arguments.caches_texts:
+        cache_texts(collator, everything["answer"], config, arguments, device)
     num_train = len(distinct_images(data["train"])[0])
     eval_rows = rows.select(range(num_train, len(rows))) if "eval" in data else None
     return rows.select(range(num_train)), eval_rows, collator
+
+
+def start_text_projection(model: SiglipResNetModel, collator: SiglipCollator, texts: Iterable[str]) -> None:
+    """[`whiten_text_projection`] of a new encoder, by all `texts`, whether they are in a file or not."""
+    spellings = distinct_texts(texts)
+    if collator.text_features is not None:
+        features = collator.text_features[: len(spellings)]
+    else:
+        features = pool_texts(model, collator.processor, list(spellings.values()), max_length=collator.max_text_length)
+    whiten_text_projection(model, features)
 
 
 def zero_shot_metric(
@@ -222,10 +293,12 @@ def zero_shot_metric(
 ) -> Callable[[SiglipResNetModel], dict[str, float]]:
     """What the Trainer adds to each evaluation: zero-shot accuracy on the images of `rows`."""
     pixels, labels = collator.images[rows["image_index"]], torch.tensor(rows["label"])
+    features = None if collator.text_features is None else collator.features_of(class_texts())
 
     def metric(model: SiglipResNetModel) -> dict[str, float]:
         embeds = embed_images(model, collator.processor, pixels, batch_size)  # (images, dim)
-        return {"zero_shot_top1": top1_accuracy(embeds @ class_embeddings(model, collator.processor).t(), labels)}
+        classes = class_embeddings(model, collator.processor, features=features)  # (classes, dim)
+        return {"zero_shot_top1": top1_accuracy(embeds @ classes.t(), labels)}
 
     return metric
 
@@ -236,12 +309,17 @@ def main(argv: list[str] | None = None) -> None:
         [SiglipModelArguments, DataArguments, SiglipTrainingArguments], argv, "sigphi train-siglip"
     )
     check_evaluation(data_arguments, arguments)
-    set_seed(arguments.seed)
     data = load_data(data_arguments)
-    model, processor = build_encoder(model_arguments)
+    config, processor = encoder_config(model_arguments), encoder_processor(model_arguments)
+    # The other processes wait, and then read the file that the first one has written.
+    with arguments.main_process_first(desc="features of the texts"):
+        train_rows, eval_rows, collator = encoder_inputs(data, config, processor, model_arguments, arguments.device)
+    set_seed(arguments.seed)  # here, so that a run that has to embed the texts starts from the same weights
+    model = build_encoder(model_arguments, config, arguments.device)
+    if model_arguments.siglip_checkpoint is None:  # a checkpoint's projection is trained already
+        start_text_projection(model, collator, [text for part in data.values() for text in part["answer"]])
     if arguments.channels_last:
         model.vision_model.to(memory_format=torch.channels_last)
-    train_rows, eval_rows, collator = encoder_inputs(data, model, processor, model_arguments)
     batch_size = arguments.per_device_eval_batch_size
     trainer = SiglipTrainer(
         model=model,
@@ -253,6 +331,8 @@ def main(argv: list[str] | None = None) -> None:
         extra_evaluation=None if eval_rows is None else zero_shot_metric(eval_rows, collator, batch_size),
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    if arguments.should_save:
+        complete_encoder(model, model_arguments, config)
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
@@ -266,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.write(results_table(evaluate_folder(str(folder), data["eval"], notes, probe=probe)))
 
 
-__all__ = ["build_encoder", "encoder_config", "encoder_processor", "image_rows", "main"]
+__all__ = ["build_encoder", "complete_encoder", "encoder_config", "encoder_processor", "image_rows", "main"]
 
 if __name__ == "__main__":
     run_command(main, "python -m sigphi.train.siglip")

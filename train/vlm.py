@@ -4,6 +4,7 @@ sigphi train-vlm --input-csv qa.csv --siglip-checkpoint outputs/siglip --output-
 accelerate launch -m sigphi.train.vlm --input-csv qa.csv --siglip-checkpoint outputs/siglip
 """
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel
-from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration
+from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration, image_feature_size
 from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
 from sigphi.processing.processing_sigphi import SigPhiProcessor
 from sigphi.train.arguments import (
@@ -32,6 +33,7 @@ from sigphi.train.collators import VlmCollator
 from sigphi.train.data import distinct_images, load_data
 from sigphi.train.errors import UserError, run_command
 from sigphi.train.evaluation import evaluate_folder, only_unseen, results_table
+from sigphi.train.feature_cache import cached_features, check_folder, digest, tensor_bytes
 from sigphi.train.images import decode_images
 from sigphi.train.parser import parse_arguments
 from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
@@ -42,8 +44,6 @@ from sigphi.train.trainers import VlmTrainer
 from sigphi.train.vlm_evaluation import encode_images
 
 logger = logging.getLogger(__name__)
-
-MAX_CACHED_BYTES = 4 * 2**30
 
 
 def check_models(arguments: VlmModelArguments) -> None:
@@ -92,21 +92,65 @@ def build_model(
 
 
 def collator_for(
-    model: SigPhiForConditionalGeneration, processor: SigPhiProcessor, pixels: torch.Tensor, cache: str
+    model: SigPhiForConditionalGeneration,
+    processor: SigPhiProcessor,
+    pixels: torch.Tensor,
+    arguments: VlmModelArguments,
 ) -> VlmCollator:
     """
-    A collator that gives images, or their features when these are computed once beforehand.
+    A collator that gives images, or what the frozen image tower says of them, see [`image_features`].
 
     Args:
         pixels (`torch.ByteTensor` of shape `(images, 3, height, width)`): decoded images.
-        cache (`str`): `"on"`, `"off"`, or `"auto"`: on while all features take at most 4 GiB.
+
+    Raises:
+        UserError: if the file of the features cannot be written.
     """
-    one = encode_images(model, processor, pixels[:1])
-    if cache == "off" or (cache == "auto" and one.numel() * 4 * len(pixels) > MAX_CACHED_BYTES):
+    if arguments.image_cache == "off":
         return VlmCollator(processor.tokenizer.pad_token_id, images=pixels, processor=processor)
-    logger.info("computing the features of %d images once", len(pixels))
-    features = encode_images(model, processor, pixels)
+    features = image_features(model, processor, pixels, arguments.image_cache_dir)
     return VlmCollator(processor.tokenizer.pad_token_id, image_features=features)
+
+
+def image_features(
+    model: SigPhiForConditionalGeneration,
+    processor: SigPhiProcessor,
+    pixels: torch.Tensor,
+    folder: str | None = None,
+    batch_size: int = 256,
+) -> torch.Tensor:
+    """
+    What the projector reads of each image, from a file; see [`cached_features`].
+
+    Returns:
+        `torch.Tensor` of shape `(images, num_image_tokens, feature_size)`: as of [`encode_images`].
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    tower, num_tokens = model.model.vision_tower, model.config.num_image_tokens
+    weights = sorted(tower.state_dict().items())
+    about = {
+        "kind": "image",
+        "images": digest([str(tuple(pixels.shape)).encode(), tensor_bytes(pixels)]),
+        "tower": digest(
+            part for name, value in weights for part in (f"{name} {value.dtype}\n".encode(), tensor_bytes(value))
+        ),
+        "config": tower.config.to_dict(),
+        "processor": json.loads(processor.image_processor.to_json_string()),
+        "num_image_tokens": num_tokens,
+    }
+    shape = (len(pixels), num_tokens, image_feature_size(model.config))
+    dtype = torch.float32 if num_tokens == 1 else tower.dtype  # an embedding is normalised in float32
+    parts = torch.arange(len(pixels)).split(batch_size)
+    return cached_features(
+        "--image-cache",
+        folder,
+        about,
+        shape,
+        dtype,
+        lambda: ((rows.tolist(), encode_images(model, processor, pixels[rows], batch_size)) for rows in parts),
+    )
 
 
 def check_lengths(rows: list[dict[str, Any]], dataset: datasets.Dataset, longest: int, option: str) -> None:
@@ -154,18 +198,23 @@ def main(argv: list[str] | None = None) -> None:
     everything = datasets.concatenate_datasets(list(data.values()))
     images, positions = distinct_images(everything)
     pixels = decode_images(images, range(len(images)))
+    if model_arguments.image_cache == "on":
+        check_folder("--image-cache", model_arguments.image_cache_dir)
     model, processor = build_model(model_arguments, arguments)
     rows = tokenized_rows(processor, everything, positions)
     text_config: Any = model.config.text_config
     longest = text_config.max_position_embeddings
     check_lengths(rows, everything, longest, f"--input-csv {data_arguments.input_csv}")
+    # The other processes wait, and then read the file that the first one has written.
+    with arguments.main_process_first(desc="features of the images"):
+        collator = collator_for(model, processor, pixels, model_arguments)
     num_train = len(data["train"])
     trainer = VlmTrainer(
         model=model,
         args=arguments,
         train_dataset=datasets.Dataset.from_list(rows[:num_train]),
         eval_dataset=datasets.Dataset.from_list(rows[num_train:]) if "eval" in data else None,
-        data_collator=collator_for(model, processor, pixels, model_arguments.cache_image_features),
+        data_collator=collator,
         processing_class=processor,
     )
     looks = None
