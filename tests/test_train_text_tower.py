@@ -20,6 +20,7 @@ from sigphi.train.collators import SiglipCollator
 from sigphi.train.data import load_cifar10_qa
 from sigphi.train.encoder_evaluation import class_embeddings, class_texts, pool_texts
 from sigphi.train.errors import UserError
+from sigphi.train.pairs import pair_masks
 from sigphi.train.text_tower import TextTower, cached_text_features, pooled_batches, text_tower_of, token_ids
 
 TEXTS = ["A small frog sits on a green leaf.", "A dog.", "The sea is blue and wide.", "cat", "It is a ship."]
@@ -67,7 +68,8 @@ def test_cached_texts_give_the_loss_and_gradients_of_the_texts(
         tiny_encoder.zero_grad()
         batch = collator(ROWS)
         assert ("text_features" in batch) == (collator is on)
-        loss = tiny_encoder(**batch).loss
+        positives, ignored = pair_masks(**batch.pop("pairs"))
+        loss = tiny_encoder(**batch, positives=positives, ignored=ignored).loss
         loss.backward()
         gradients = {n: p.grad.clone() for n, p in tiny_encoder.named_parameters() if p.grad is not None}
         results.append((loss.detach(), gradients))

@@ -28,7 +28,6 @@ from sigphi.train.collators import SiglipCollator, VlmCollator, preprocess
 from sigphi.train.data import distinct_images, load_cifar10_qa
 from sigphi.train.encoder_evaluation import pool_texts
 from sigphi.train.images import decode_images
-from sigphi.train.pairs import pair_masks
 from sigphi.train.prompts import tokenized_rows
 from sigphi.train.trainers import SiglipTrainer, VlmTrainer
 from sigphi.train.vlm_evaluation import encode_images, supervised_loss

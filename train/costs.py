@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.quantizers import AutoHfQuantizer
 
@@ -25,6 +26,7 @@ from sigphi.train.arguments import (
 )
 from sigphi.train.collators import IGNORE_INDEX, random_shift_and_flip
 from sigphi.train.errors import UserError
+from sigphi.train.losses import global_sigmoid_loss
 from sigphi.train.memory import MemoryMeter, Speed, fake_mode, materialize
 from sigphi.train.qlora import build_vlm
 from sigphi.train.siglip import whiten_text_projection
@@ -330,7 +332,12 @@ class _Run:
         with torch.autocast(self.arguments.device.type, dtype=half, enabled=enabled):
             return self.model(**inputs)
 
-    def train_step(self, inputs: Callable[[], dict[str, Any]], layers: nn.ModuleList | None) -> None:
+    def train_step(
+        self,
+        inputs: Callable[[], dict[str, Any]],
+        layers: nn.ModuleList | None,
+        loss_of: Callable[[Any], torch.Tensor] = lambda outputs: outputs.loss,
+    ) -> None:
         """
         The moments of a training step.
 
@@ -339,6 +346,7 @@ class _Run:
             layers (`nn.ModuleList`, *optional*): of the language model, when gradients pass through it. What is alive
                 in the backward pass changes evenly from layer to layer, so that it is highest at one of its ends; with
                 its halves as two moments each of them lies on a line over the number of layers.
+            loss_of (`Callable`, *optional*): the loss of the model's outputs; by default the one among them.
         """
         self.model.train()
         self.optimizer = optimizer = self._optimizer_with_states()
@@ -347,7 +355,7 @@ class _Run:
             hooks.append(layers[len(layers) // 2].register_forward_pre_hook(self._split_backward))
         with self._working("step"):
             self.meter.begin("forward", "activations")
-            loss = self.forward(**inputs()).loss
+            loss = loss_of(self.forward(**inputs()))
             self.meter.begin(_BACKWARD, "temporaries of the backward pass")
             loss.backward()
             del loss
@@ -506,15 +514,23 @@ def _run_encoder(model: Any, setup: SiglipSetup, batch: SiglipBatch, speed: Spee
         ids = torch.zeros(rows, batch.length, dtype=torch.long, device=arguments.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
+    parts = -(-batch.images // (arguments.micro_batch_size or batch.images))
+    image_ids = torch.arange(batch.images, device=arguments.device)[:, None]
+    text_ids = F.pad(torch.arange(batch.texts, device=arguments.device)[:, None], (0, 2))
+
     def inputs() -> dict[str, Any]:
-        pixels = run.fake(batch.images, 3, vision.image_size, vision.image_size)
+        images, part = -(-batch.images // parts), -(-batch.texts // parts)
+        pixels = run.fake(images, 3, vision.image_size, vision.image_size)
         if arguments.augment:
             pixels = random_shift_and_flip(pixels, shift=vision.image_size // 8)
         if arguments.channels_last:
             pixels = pixels.to(memory_format=torch.channels_last)
-        masks = {name: run.fake(batch.images, batch.texts, dtype=torch.bool) for name in ("positives", "ignored")}
-        words = {"text_features": run.fake(batch.texts, hidden_size)} if setup.caches_features else texts(batch.texts)
-        return masks | words | {"pixel_values": pixels, "return_loss": True}
+        words = {"text_features": run.fake(part, hidden_size)} if setup.caches_features else texts(part)
+        return words | {"pixel_values": pixels, "return_logits": False}
+
+    def whole_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        others = (model.logit_scale, model.logit_bias, image_ids, text_ids)
+        return global_sigmoid_loss(image_embeds, text_embeds, *others, chunk_size=arguments.loss_chunk_size)
 
     with run.inference("text features"):
         model.text_model.pool(**texts(texts_at_once))
@@ -523,11 +539,47 @@ def _run_encoder(model: Any, setup: SiglipSetup, batch: SiglipBatch, speed: Spee
     if setup.model.siglip_checkpoint is None:
         with run.inference("whitening of the text projection"):
             whiten_text_projection(model, run.fake(batch.all_texts, hidden_size))
-    run.train_step(inputs, _layers_of(model.text_model.language_model) if setup.model.train_text_tower else None)
+    layers = _layers_of(model.text_model.language_model) if setup.model.train_text_tower else None
+    if parts == 1:
+        run.train_step(inputs, layers, lambda outputs: whole_loss(outputs.image_embeds, outputs.text_embeds))
+    else:
+        _run_in_parts(run, inputs, layers, whole_loss, batch, parts)
     if setup.evaluates:
         with run.inference("evaluation, images"):
             model(pixel_values=run.fake(arguments.per_device_eval_batch_size, 3, vision.image_size, vision.image_size))
     return run.costs(torch.float32.itemsize * hidden_size, "text features", texts_at_once)
+
+
+def _run_in_parts(
+    run: _Run,
+    inputs: Callable[[], dict[str, Any]],
+    layers: nn.ModuleList | None,
+    whole_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    batch: SiglipBatch,
+    parts: int,
+) -> None:
+    """A step as `--micro-batch-size` makes it: `inputs` are those of one part, and both passes take all in turn."""
+    dim = run.model.config.projection_dim
+    with run.inference("first pass"):
+        run.forward(**inputs())
+    with run.inference("loss over all parts"):
+        whole = [run.fake(count, dim) for count in (batch.images, batch.texts)]
+        gradients = [torch.empty_like(embeds) for embeds in whole]
+        whole_loss(*whole)
+    run.train_step(
+        inputs,
+        layers,
+        lambda outputs: (
+            (outputs.image_embeds * gradients[0][: len(outputs.image_embeds)]).sum()
+            + (outputs.text_embeds * gradients[1][: len(outputs.text_embeds)]).sum()
+            + run.model.logit_scale.sum()
+            + run.model.logit_bias.sum()
+        ),
+    )
+    passes = [run.work[moment] for moment in ("first pass", "step")]
+    loss = run.work["loss over all parts"]
+    flops, seconds = (loss[place] + parts * sum(one[place] for one in passes) for place in (0, 1))
+    run.work["step"] = (int(flops), seconds)
 
 
 __all__ = [

@@ -248,9 +248,11 @@ class SiglipCase(_Case):
 
     def remedies(self) -> list[list[dict[str, Any]]]:
         """Changes that save memory, in families; within one from the mildest to the strongest."""
-        size = self.training.per_device_train_batch_size
-        # Accumulated batches are no larger batch here: the loss compares the pairs of each alone.
-        families = [[{"per_device_train_batch_size": size // 2**k} for k in range(1, size.bit_length())]]
+        # Smaller parts, not smaller batches: the loss goes on comparing all pairs.
+        size = self.training.micro_batch_size or self.training.per_device_train_batch_size
+        families: list[list[dict[str, Any]]] = [
+            [{"micro_batch_size": size // 2**k} for k in range(1, size.bit_length())]
+        ]
         if not self.training.gradient_checkpointing:
             families.append([{"gradient_checkpointing": True}])
         if not self.training.bf16:
