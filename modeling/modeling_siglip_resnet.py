@@ -278,8 +278,9 @@ class SiglipResNetTextModel(SiglipResNetPreTrainedModel):
         self.projection = ScaleKeepingLinear(config.text_config.hidden_size, config.projection_dim)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self._tower().get_input_embeddings()
+    def get_input_embeddings(self) -> nn.Module | None:
+        # Without a text tower there are none, and gradient checkpointing asks.
+        return None if self.language_model is None else self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self._tower().set_input_embeddings(value)
@@ -349,7 +350,7 @@ class SiglipResNetModel(SiglipResNetPreTrainedModel):
         self.logit_bias = nn.Parameter(torch.empty(()))
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Module | None:
         return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:

@@ -148,7 +148,8 @@ def test_each_modality_works_alone(tiny_encoder, tokenizer):
     assert both.loss is None
     assert torch.equal(image[0], both.image_embeds)
     assert torch.equal(text[0], both.text_embeds)
-    assert set(image.keys()) == {"image_embeds", "vision_model_output"}
+    assert set(image.keys()) == {"image_embeds", "vision_model_output", "pooler_output"}
+    assert image.pooler_output is image.image_embeds
     assert set(text.keys()) == {"text_embeds", "text_model_output"}
 
 
@@ -504,6 +505,19 @@ def test_gradient_checkpointing_with_frozen_batch_norm_and_without_momentum(tiny
             assert torch.equal(tensor, before[name]) == name.startswith("0."), name
     norms = [m for m in tiny_encoder.modules() if isinstance(m, nn.BatchNorm2d)]
     assert all(norm.momentum is None for norm in norms)
+
+
+def test_gradient_checkpointing_needs_no_text_tower(tiny_encoder):
+    tiny_encoder.text_model.language_model = None
+    assert tiny_encoder.get_input_embeddings() is None
+    tiny_encoder.gradient_checkpointing_enable()
+    tiny_encoder.train()
+    inputs = {
+        "pixel_values": torch.randn(2, 3, 32, 32),
+        "text_features": torch.randn(2, tiny_encoder.config.text_config.hidden_size),
+    }
+    tiny_encoder(**inputs, return_loss=True).loss.backward()
+    assert all(parameter.grad is not None for parameter in tiny_encoder.parameters())
 
 
 def test_gradient_checkpointing_recomputes_the_stages(tiny_encoder, tokenizer):
