@@ -6,6 +6,7 @@
 ```
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,8 +168,9 @@ def _add_block(
 ) -> torch.Tensor:
     """Add the gradients of the images with these texts; gives the sums of the loss and its derivatives by t', b."""
     temperature = scale.exp()
-    sums = [images.new_zeros(3)]
-    for start in range(0, len(images), pairs.chunk_size):
+    # One tensor made beforehand: small ones kept between the chunks would break the heap into pieces.
+    sums = images.new_zeros(math.ceil(len(images) / pairs.chunk_size), 3)
+    for index, start in enumerate(range(0, len(images), pairs.chunk_size)):
         chunk = slice(start, start + pairs.chunk_size)
         positives, ignored = pair_masks(pairs.image_ids[chunk], text_ids, pairs.duplicates)
         similarity = images[chunk] @ texts.t()  # (chunk, texts)
@@ -176,10 +178,11 @@ def _add_block(
         signed = (temperature * similarity).add_(bias).mul_(signs)  # (chunk, texts)
         loss = -F.logsigmoid(signed).masked_fill_(ignored, 0.0).sum()
         slopes = signed.neg_().sigmoid_().mul_(signs).neg_()  # (chunk, texts), by the logits
-        image_grads[chunk] += temperature * (slopes @ texts)
-        text_grads += temperature * (slopes.t() @ images[chunk])
-        sums.append(torch.stack([loss, temperature * similarity.mul_(slopes).sum(), slopes.sum()]))
-    return torch.stack(sums).sum(0)
+        sums[index] = torch.stack([loss, temperature * similarity.mul_(slopes).sum(), slopes.sum()])
+        slopes.mul_(temperature)  # by the similarities
+        image_grads[chunk].addmm_(slopes, texts)
+        text_grads.addmm_(slopes.t(), images[chunk])
+    return sums.sum(0)
 
 
 def _pass_on(rows: torch.Tensor, arriving: int, group: dist.ProcessGroup | None) -> torch.Tensor:
