@@ -11,18 +11,21 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from sigphi.train.arguments import DataArguments
 from sigphi.train.errors import UserError, run_command
 from sigphi.train.facts import CLASS_NAMES
 from sigphi.train.images import load_images
 from sigphi.train.qa_csv import read_pairs, with_checked_indices
+
+if TYPE_CHECKING:
+    # Takes seconds, because the options of a Trainer bring PEFT and bitsandbytes with them.
+    from sigphi.train.arguments import DataArguments
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +109,7 @@ def load_cifar10_qa(
     return datasets.DatasetDict({name: _join(part, pictures) for name, part in parts.items()})
 
 
-def load_data(arguments: DataArguments) -> datasets.DatasetDict:
+def load_data(arguments: "DataArguments") -> datasets.DatasetDict:
     """[`load_cifar10_qa`] with the options of a command."""
     return load_cifar10_qa(
         arguments.input_csv,
