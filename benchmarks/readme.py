@@ -79,7 +79,7 @@ def memory_table() -> str:
 
 
 # File -> what stands between which marks.
-TABLES = {"README.md": {"results": table, "types": types_table}}
+TABLES = {"README.md": {"results": table, "types": types_table}, "docs/plan.md": {"memory": memory_table}}
 
 
 def render(file: str) -> str:
