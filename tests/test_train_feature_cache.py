@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from sigphi.train import vlm
 from sigphi.train.arguments import VlmModelArguments
 from sigphi.train.errors import UserError
-from sigphi.train.feature_cache import cache_folder, cached_features, tensor_bytes
+from sigphi.train.feature_cache import cache_folder, cached_features
+from sigphi.train.fingerprints import tensor_bytes
 
 ABOUT = {"kind": "text", "tower": "a tower"}
 

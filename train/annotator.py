@@ -1,6 +1,5 @@
 """A vision-language model of any family that transformers knows, as one that answers questions about pictures."""
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import sigphi.processing  # noqa: F401  and its processor
 from sigphi.configuration.configuration_sigphi import SigPhiConfig
 from sigphi.train.checkpoints import hub_commit, read_config
 from sigphi.train.errors import UserError
+from sigphi.train.fingerprints import folder_digest
 from sigphi.train.qa_csv import IMAGE_PLACEHOLDER
 
 _AUTO_CLASS = "AutoModelForImageTextToText"
@@ -148,11 +148,7 @@ def model_fingerprint(source: ModelSource) -> str:
     folder = Path(source.name)
     if not folder.is_dir():
         return hub_commit(source.name, source.revision)
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)}):
-        with path.open("rb") as file:
-            digest.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
+    return folder_digest(folder, _MODEL_FILES)
 
 
 def load_processor(source: ModelSource, image_options: dict[str, Any]) -> Any:

@@ -8,7 +8,15 @@ import datasets
 
 from sigphi.train.errors import UserError
 from sigphi.train.facts import CLASS_NAMES
-from sigphi.train.judging import asks_for_object, is_correct, is_refusal, named_classes, parse_facts, stated_facts
+from sigphi.train.judging import (
+    asks_for_object,
+    check_short_answer,
+    is_correct,
+    is_refusal,
+    named_classes,
+    parse_facts,
+    stated_facts,
+)
 from sigphi.train.metrics import majority_share, token_f1
 from sigphi.train.text_metrics import text_metrics_available, wording_scores
 
@@ -76,8 +84,8 @@ def judged_rows(dataset: datasets.Dataset) -> list[JudgedRow]:
     ]
     for row in rows:
         try:
-            row.verdict("")
-            row.facts()
+            if row.short_answer:
+                check_short_answer(row.question_type, row.short_answer)
         except ValueError as error:
             raise UserError(f"the short answer to {row.question[:60]!r} cannot be judged by: {error}") from error
     return rows

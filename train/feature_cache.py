@@ -1,7 +1,6 @@
 """Features of a frozen tower, computed once and kept in a memory-mapped file that later runs read again."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
 from sigphi.train.errors import UserError
+from sigphi.train.fingerprints import digest, tensor_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -86,25 +86,6 @@ def check_folder(option: str, folder: str | None) -> None:
         probe = place / f"{uuid.uuid4().hex}.tmp"
         probe.touch()
         probe.unlink()
-
-
-def digest(parts: Iterable[Any]) -> str:
-    """A hash over bytes and other buffers, one behind the other."""
-    value = hashlib.sha256()
-    for part in parts:
-        value.update(part)
-    return value.hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """A hash over a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def tensor_bytes(tensor: torch.Tensor) -> Any:
-    """The numbers of a tensor as a buffer, without a copy where it is contiguous and on the CPU."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _name(about: dict[str, Any]) -> str:
@@ -196,4 +177,4 @@ def _write(path: Path, about: dict[str, Any], shape: Sequence[int], dtype: torch
         partial.unlink(missing_ok=True)
 
 
-__all__ = ["cache_folder", "cached_features", "check_folder", "digest", "file_digest", "tensor_bytes"]
+__all__ = ["cache_folder", "cached_features", "check_folder"]

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel
 from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor, to_rgb
 from sigphi.train.checkpoints import hub_commit, read_config
 from sigphi.train.errors import UserError, printable
+from sigphi.train.fingerprints import digest, tensor_parts
 from sigphi.train.images import load_images
 from sigphi.train.parser import parse_arguments
 from sigphi.train.records import durable_name
@@ -305,15 +307,12 @@ def encoder_fingerprint(model: SiglipResNetModel, processor: Any) -> str:
     Two encoders with the same fingerprint share an embedding space. The language model stands apart because it is
     large, mostly frozen, and loaded only for texts.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith("text_model.language_model."):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    weights = model.state_dict().items()
+    counted = {name: tensor for name, tensor in weights if not name.startswith("text_model.language_model.")}
     settings = processor.image_processor.to_dict()
     names = ("size", "resample", "image_mean", "image_std", "rescale_factor")
-    digest.update(json.dumps([settings[name] for name in names], sort_keys=True).encode())
-    return digest.hexdigest()
+    prepared = json.dumps([settings[name] for name in names], sort_keys=True).encode()
+    return digest(chain(tensor_parts(counted), [prepared]))
 
 
 def load_index(path: str | Path) -> SearchIndex:

@@ -11,14 +11,14 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
-from transformers.utils import cached_file, extract_commit_hash
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel, pooled_states
 from sigphi.modeling.modeling_sigphi import base_quantization
-from sigphi.train.checkpoints import read_config
+from sigphi.train.checkpoints import hub_commit, read_config
 from sigphi.train.errors import UserError
-from sigphi.train.feature_cache import cached_features, digest, file_digest
+from sigphi.train.feature_cache import cached_features
+from sigphi.train.fingerprints import digest, folder_digest
 
 # Precision of the tower -> type of what it says.
 TOWER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "nf4": torch.bfloat16}
@@ -69,10 +69,8 @@ class TextTower:
     def identity(self) -> str:
         """What is another when the weights are others: a Hub id with its commit, or a hash over a folder's files."""
         if not Path(self.name).is_dir():
-            config = cached_file(self.name, "config.json", revision=self.revision or "main")
-            return f"{self.name}@{extract_commit_hash(config, None)}"
-        files = sorted(path for pattern in _WEIGHT_FILES for path in Path(self.name).glob(pattern))
-        return digest(f"{path.name} {file_digest(path)}\n".encode() for path in files)
+            return f"{self.name}@{hub_commit(self.name, self.revision)}"
+        return folder_digest(Path(self.name), _WEIGHT_FILES)
 
 
 def text_tower_of(config: SiglipResNetConfig, siglip_checkpoint: str | None) -> TextTower:

@@ -33,7 +33,8 @@ from sigphi.train.collators import VlmCollator
 from sigphi.train.data import distinct_images, load_data
 from sigphi.train.errors import UserError, run_command
 from sigphi.train.evaluation import evaluate_folder, only_unseen, results_table
-from sigphi.train.feature_cache import cached_features, check_folder, digest, tensor_bytes
+from sigphi.train.feature_cache import cached_features, check_folder
+from sigphi.train.fingerprints import digest, tensor_parts
 from sigphi.train.images import decode_images
 from sigphi.train.parser import parse_arguments
 from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
@@ -129,13 +130,10 @@ def image_features(
         UserError: if the file cannot be written.
     """
     tower, num_tokens = model.model.vision_tower, model.config.num_image_tokens
-    weights = sorted(tower.state_dict().items())
     about = {
         "kind": "image",
-        "images": digest([str(tuple(pixels.shape)).encode(), tensor_bytes(pixels)]),
-        "tower": digest(
-            part for name, value in weights for part in (f"{name} {value.dtype}\n".encode(), tensor_bytes(value))
-        ),
+        "images": digest(tensor_parts({"pixels": pixels})),
+        "tower": digest(tensor_parts(tower.state_dict())),
         "config": tower.config.to_dict(),
         "processor": json.loads(processor.image_processor.to_json_string()),
         "num_image_tokens": num_tokens,

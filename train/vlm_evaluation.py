@@ -1,10 +1,10 @@
 """The VLM against ground truth: loss, accuracy, and what looking at the image is worth."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sigphi.train.answer_scores import BLANK, SHUFFLED, answer_scores, judged_ro
 from sigphi.train.batch_log import BatchLog, discard, finished_batches
 from sigphi.train.collators import VlmCollator, preprocess
 from sigphi.train.data import distinct_images
+from sigphi.train.fingerprints import digest, tensor_parts
 from sigphi.train.images import decode_images
 from sigphi.train.metrics import has_label_derangement, label_derangement
 from sigphi.train.predictions import Given, write_predictions
@@ -228,12 +229,10 @@ def _log_folder(
     predictions_file: Path, model: SigPhiForConditionalGeneration, features: torch.Tensor, inputs: Any
 ) -> Path:
     """Where the finished batches of this very evaluation are kept; those of any other are removed."""
-    digest = hashlib.sha256(json.dumps([inputs, model.generation_config.to_json_string()]).encode())
-    for name, tensor in sorted((model.state_dict() | {"features": features}).items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    settings = json.dumps([inputs, model.generation_config.to_json_string()]).encode()
+    name = digest(chain([settings], tensor_parts(model.state_dict() | {"features": features})))
     start = f".{predictions_file.name}.unfinished-"
-    folder = predictions_file.with_name(start + digest.hexdigest()[:16])
+    folder = predictions_file.with_name(start + name[:16])
     for other in predictions_file.parent.glob(f"{start}*"):
         if other != folder:
             logger.info("%s is of another model, CSV or setting: removed", other)
