@@ -173,6 +173,27 @@ class SiglipResNetSmallStem(nn.Module):
         return self.activation(self.normalization(self.convolution(pixel_values)))  # (images, embedding, h, w)
 
 
+class OneCellConv2d(nn.Conv2d):
+    """
+    A convolution that a CPU computes as a matrix product where its output has one cell.
+
+    A ResNet with the usual stem comes to one cell in its last stage from images of 32 pixels, where the convolution of
+    PyTorch takes two to five times as long. Parts of the kernel that see nothing but padding are left out. Without
+    dilation and groups.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        (kernel, _), (stride, _), (height, width) = self.kernel_size, self.stride, input.shape[-2:]
+        padding = int(self.padding[0])
+        has_one_cell = all(0 <= size + 2 * padding - kernel < stride for size in (height, width))
+        if input.device.type != "cpu" or not has_one_cell:
+            return super().forward(input)  # (images, out_channels, h, w)
+        rows, columns = min(height, kernel - padding), min(width, kernel - padding)
+        seen = self.weight[:, :, padding : padding + rows, padding : padding + columns]
+        output = F.linear(input[:, :, :rows, :columns].flatten(1), seen.flatten(1), self.bias)
+        return output[:, :, None, None]  # (images, out_channels, 1, 1)
+
+
 @contextlib.contextmanager
 def keep_batch_norm_statistics(module: nn.Module) -> Iterator[None]:
     """Within it, a forward pass of `module` in training mode leaves the running statistics as they are.
@@ -213,6 +234,9 @@ class SiglipResNetVisionModel(ResNetModel):
         super().__init__(config)
         if config.stem == "cifar":
             self.embedder = SiglipResNetSmallStem(config)
+        for module in self.encoder.modules():
+            if type(module) is nn.Conv2d:
+                module.__class__ = OneCellConv2d  # the same parameters by the same names, computed otherwise
         self.projection = nn.Linear(config.hidden_sizes[-1], config.projection_dim)
         self.gradient_checkpointing = False
         self.post_init()
@@ -472,6 +496,7 @@ class SiglipResNetModel(SiglipResNetPreTrainedModel):
 
 
 __all__ = [
+    "OneCellConv2d",
     "ScaleKeepingLinear",
     "SiglipResNetModel",
     "SiglipResNetOutput",

@@ -16,12 +16,18 @@ from transformers import (
     BertConfig,
     ResNetConfig,
     ResNetForImageClassification,
+    ResNetModel,
     pipeline,
 )
 
 from sigphi import SiglipResNetModel, sigmoid_loss
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetVisionConfig
-from sigphi.modeling.modeling_siglip_resnet import SiglipResNetVisionModel, pairwise_logits, right_padded
+from sigphi.modeling.modeling_siglip_resnet import (
+    OneCellConv2d,
+    SiglipResNetVisionModel,
+    pairwise_logits,
+    right_padded,
+)
 
 TEXTS = ["a cat", "The dog is brown.", "A small frog sits on a green leaf."]
 TOWER = "text_model.language_model."
@@ -240,6 +246,57 @@ def test_the_default_image_tower_has_resnet_50_s_weights():
     assert shapes == {name: tensor.shape for name, tensor in resnet.state_dict().items()}
     # He et al., table 1, without the classifier's 2048 * 1000 + 1000.
     assert sum(parameter.numel() for parameter in resnet.parameters()) == 25_557_032 - 2_049_000
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "kernel", "stride", "has_one_cell"),
+    [
+        (1, 1, 1, 1, True),
+        (2, 2, 1, 2, True),
+        (1, 2, 1, 2, True),
+        (1, 1, 3, 1, True),
+        (2, 2, 3, 2, True),
+        (2, 1, 3, 2, True),
+        (1, 2, 1, 1, False),
+        (2, 2, 3, 1, False),
+        (3, 2, 3, 2, False),
+        (4, 4, 7, 2, False),
+    ],
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_to_one_cell_equals_its_naive_twin(
+    monkeypatch, height, width, kernel, stride, has_one_cell, memory_format
+):
+    convolution = OneCellConv2d(3, 5, kernel, stride, kernel // 2).double().to(memory_format=memory_format)
+    pixels = torch.randn(2, 3, height, width, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    leaves = (pixels, convolution.weight, convolution.bias)
+    expected = F.conv2d(*leaves, stride=stride, padding=kernel // 2)
+    direction = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad(expected, leaves, direction)
+    output = convolution(pixels)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(output, leaves, direction), expected_gradients, rtol=1e-12, atol=1e-12
+    )
+    assert (expected.shape[-2:] == (1, 1)) is has_one_cell
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, input: None)
+    assert (convolution(pixels) is None) is not has_one_cell
+
+
+def test_a_convolution_to_no_cell_is_an_error():
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+        OneCellConv2d(3, 5, 3)(torch.zeros(1, 3, 2, 2))
+
+
+def test_a_resnet_on_images_of_32_pixels_ends_in_one_cell():
+    shape = {"layer_type": "basic", "hidden_sizes": [8, 16, 16, 32], "embedding_size": 8, "depths": [1, 1, 1, 2]}
+    tower = SiglipResNetVisionModel(SiglipResNetVisionConfig(image_size=32, **shape)).train()
+    resnet = ResNetModel(ResNetConfig(**shape)).train()
+    resnet.load_state_dict(tower.state_dict(), strict=False)
+    pixels = torch.randn(4, 3, 32, 32)
+    output, expected = tower(pixels).last_hidden_state, resnet(pixels).last_hidden_state
+    assert output.shape == (4, 32, 1, 1)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
 # Padding and pooling -------------------------------------------------------------------------------------------------
