@@ -273,11 +273,22 @@ class SiglipTrainingArguments(SigphiTrainingArguments):
         help="Must stay off: t' and b are used after the model's forward pass.", default=False
     )
     augment: bool = HfArg(help="Random shift by up to 1/8 of the image, and horizontal flip.", default=True)
+    cutout: int = HfArg(
+        help="Height and width in pixels of a square of each image that is blanked, at random; 0: none.", default=0
+    )
+    color_jitter: float = HfArg(
+        help="Change brightness, contrast and saturation by up to this share, at random, from 0 (off) to 1.",
+        default=0.0,
+    )
     channels_last: bool = HfArg(help="Keep images and kernels in channels-last order.", default=True)
 
     def __post_init__(self) -> None:
         one_of("--loss-variant", self.loss_variant, ("ring", "gather"))
         one_of("--duplicate-texts", self.duplicate_texts, ("positive", "ignored"))
+        if self.cutout < 0:
+            raise UserError(f"--cutout must be 0 (off) or a number of pixels, got {self.cutout}.")
+        if not 0.0 <= self.color_jitter <= 1.0:
+            raise UserError(f"--color-jitter must be from 0 (off) to 1, got {self.color_jitter}.")
         if self.loss_chunk_size < 1:
             raise UserError(f"--loss-chunk-size must be 1 or more, got {self.loss_chunk_size}.")
         if self.micro_batch_size < 0:

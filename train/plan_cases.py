@@ -375,7 +375,7 @@ def read_siglip_case(
         num_train=num_train,
         num_eval=len(images) - num_train,
         num_images=len(images),
-        image_bytes=decode_images(images, [0]).nbytes,
+        image_bytes=3 * encoder.vision_config.image_size**2,
         texts=texts,
         encoder=encoder,
     )

@@ -23,7 +23,7 @@ from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel, SiglipResN
 from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
 from sigphi.train.arguments import DataArguments, SiglipModelArguments, SiglipTrainingArguments, check_evaluation
 from sigphi.train.checkpoints import read_config
-from sigphi.train.collators import SiglipCollator
+from sigphi.train.collators import SiglipCollator, resize
 from sigphi.train.data import distinct_images, load_data
 from sigphi.train.encoder_evaluation import class_embeddings, class_texts, embed_images, pool_texts
 from sigphi.train.encoder_options import EncoderEvaluationArguments, sample_images
@@ -40,6 +40,8 @@ from sigphi.train.text_tower import cached_text_features, text_tower_of, token_i
 from sigphi.train.trainers import SiglipTrainer
 
 logger = logging.getLogger(__name__)
+
+_DECODED_AT_ONCE = 1024
 
 
 def build_encoder(
@@ -167,16 +169,17 @@ def encoder_processor(arguments: SiglipModelArguments) -> SiglipResNetProcessor:
     return SiglipResNetProcessor(image_processor, tokenizer)
 
 
-def image_rows(dataset: datasets.Dataset) -> tuple[datasets.Dataset, torch.Tensor]:
+def image_rows(dataset: datasets.Dataset, processor: SiglipResNetProcessor) -> tuple[datasets.Dataset, torch.Tensor]:
     """
-    One row an image with all its answers, and the decoded images.
+    One row an image with all its answers, and the decoded images in the size of the model.
 
     Args:
         dataset (`datasets.Dataset`): a split of [`load_cifar10_qa`].
+        processor (`SiglipResNetProcessor`): of the model.
 
     Returns:
         `tuple`: a `datasets.Dataset` with `image_index`, `texts`, `facts` (what each text states), `known` (all that
-        the answers state of the image) and `label`, and a `torch.ByteTensor` of shape `(images, 3, height, width)`.
+        the answers state of the image) and `label`, and a `torch.ByteTensor` of shape `(images, 3, size, size)`.
     """
     images, positions = distinct_images(dataset)
     texts, facts = defaultdict(list), defaultdict(list)
@@ -193,7 +196,12 @@ def image_rows(dataset: datasets.Dataset) -> tuple[datasets.Dataset, torch.Tenso
         "known": [sorted(known[position]) for position in range(len(images))],
         "label": images["label"],
     }
-    return datasets.Dataset.from_dict(rows), decode_images(images, range(len(images)))
+    # By parts, so that those in the size of the files never lie in memory all at once.
+    parts = [
+        range(start, min(start + _DECODED_AT_ONCE, len(images))) for start in range(0, len(images), _DECODED_AT_ONCE)
+    ]
+    pixels = torch.cat([resize(processor.image_processor, decode_images(images, part)) for part in parts])
+    return datasets.Dataset.from_dict(rows), pixels
 
 
 def distinct_texts(texts: Iterable[str]) -> dict[str, str]:
@@ -269,7 +277,7 @@ def encoder_inputs(
         device (`torch.device`, *optional*): where the text tower runs, if it has to; by default the CPU.
     """
     everything = datasets.concatenate_datasets(list(data.values()))
-    rows, pixels = image_rows(everything)
+    rows, pixels = image_rows(everything, processor)
     collator = SiglipCollator(processor, pixels, arguments.max_text_length)
     if arguments.caches_texts:
         cache_texts(collator, everything["answer"], config, arguments, device)
