@@ -13,6 +13,7 @@ from sigphi.train import arguments as arguments_module
 from sigphi.train import quickstart
 from sigphi.train.arguments import (
     DataArguments,
+    EncoderDataArguments,
     SiglipModelArguments,
     SiglipTrainingArguments,
     SigphiTrainingArguments,
@@ -25,7 +26,7 @@ from sigphi.train.base_lm import BaseModelArguments, BaseTrainingArguments
 from sigphi.train.errors import UserError
 from sigphi.train.parser import parse_arguments
 
-SIGLIP = [SiglipModelArguments, DataArguments, SiglipTrainingArguments]
+SIGLIP = [SiglipModelArguments, EncoderDataArguments, SiglipTrainingArguments]
 VLM = [VlmModelArguments, DataArguments, VlmTrainingArguments]
 BASE = [BaseModelArguments, DataArguments, BaseTrainingArguments]
 DOCUMENTED = [SiglipTrainingArguments, VlmTrainingArguments, BaseTrainingArguments]

@@ -26,7 +26,9 @@ from sigphi import (
 from sigphi.train import siglip, vlm
 from sigphi.train.collators import SiglipCollator, VlmCollator, preprocess
 from sigphi.train.data import distinct_images, load_cifar10_qa
+from sigphi.train.encoder_data import qa_rows
 from sigphi.train.encoder_evaluation import pool_texts
+from sigphi.train.image_texts import StoredImages
 from sigphi.train.images import decode_images
 from sigphi.train.prompts import tokenized_rows
 from sigphi.train.trainers import SiglipTrainer, VlmTrainer
@@ -407,7 +409,8 @@ def test_pooled_texts_come_in_the_order_of_the_texts(tiny_encoder, tiny_encoder_
 
 
 def test_one_row_an_image_with_all_its_answers(data, tiny_encoder_processor):
-    rows, pixels = siglip.image_rows(data["train"], tiny_encoder_processor)
+    rows, images = qa_rows(data["train"])
+    pixels = StoredImages(images, tiny_encoder_processor.image_processor).all()
     assert len(rows) == len(pixels) == len(set(data["train"]["dataset_index"]))
     answers: dict[int, list[str]] = {}
     for index, answer in zip(data["train"]["dataset_index"], data["train"]["answer"], strict=True):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -12,6 +12,12 @@ from sigphi.processing.processing_sigphi import SigPhiProcessor
 from sigphi.train.pairs import pair_ids, text_key
 
 IGNORE_INDEX = -100
+
+
+class Images(Protocol):
+    """Images in the size of a model, `(3, size, size)` and uint8 each: a tensor, or what decodes them on demand."""
+
+    def __getitem__(self, indices: torch.Tensor, /) -> torch.Tensor: ...
 
 
 @dataclass
@@ -27,8 +33,8 @@ class SiglipCollator:
 
     Args:
         processor (`SiglipResNetProcessor`): prepares both modalities.
-        images (`torch.ByteTensor` of shape `(images, 3, size, size)`): decoded images in the size of the model, see
-            [`resize`], which rows name by index.
+        images (`torch.ByteTensor` of shape `(images, 3, size, size)`, or `StoredImages`): decoded images in the size
+            of the model, see [`resize`], which rows name by index.
         max_text_length (`int`, *optional*, defaults to `64`): longest text in tokens.
         text_features (`torch.Tensor` of shape `(texts, hidden_size)`, *optional*): the frozen tower's pooled states,
             precomputed, instead of token ids.
@@ -36,7 +42,7 @@ class SiglipCollator:
     """
 
     processor: SiglipResNetProcessor
-    images: torch.Tensor
+    images: Images
     max_text_length: int = 64
     text_features: torch.Tensor | None = None
     text_rows: dict[str, int] | None = None
@@ -148,7 +154,7 @@ def preprocess(processor: Any, images: torch.Tensor) -> torch.Tensor:
     return normalize(processor.image_processor, resize(processor.image_processor, images))
 
 
-def resize(image_processor: Any, images: torch.Tensor) -> torch.Tensor:
+def resize(image_processor: Any, images: Iterable[torch.Tensor]) -> torch.Tensor:
     """
     The first half of [`preprocess`]: images in the size of the model, still as bytes, `(images, 3, size, size)`.
     """
