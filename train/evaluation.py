@@ -1,7 +1,7 @@
 """The command `sigphi evaluate MODEL`, and what a folder of results holds.
 
 sigphi evaluate outputs/vlm --input-csv test.csv --images uoft-cs/cifar10
-sigphi evaluate outputs/siglip --dataset nlphuji/flickr30k --dataset-split test --text-column caption
+sigphi evaluate outputs/siglip --dataset captions --dataset-split test --text-column caption
 """
 
 import json
