@@ -28,7 +28,6 @@ from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel
 from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
 from sigphi.train import siglip, vlm
-from sigphi.train.arguments import DataArguments
 from sigphi.train.base_lm import qa_texts, train_tokenizer
 from sigphi.train.errors import run_command
 from sigphi.train.machine import Machine
@@ -128,8 +127,8 @@ def words_of(name: str, folder: Path) -> list[str]:
 
 def estimate(stage: str, words: list[str]) -> None:
     """The child process that plans: prints the largest moment, its bytes by kind, and those before training."""
-    model_type, training_type, read = STAGES[stage]
-    model, data, training = parse_arguments([model_type, DataArguments, training_type], words, f"sigphi plan {stage}")
+    types, read = STAGES[stage]
+    model, data, training = parse_arguments(types, words, f"sigphi plan {stage}")
     imports = resident_bytes(psutil.Process(), private=True)
     case = read(model, data, training)
     machine = Machine.present(training, tflops=1.0)

@@ -20,6 +20,7 @@ def write_card(folder: Path, model_id: str | None = None) -> None:
     """
     config = _read_json(folder / "config.json")
     results = _read_json(folder / "eval_results.json")
+    training = _read_json(folder / "training_data.json")
     facts = {
         "model_id": model_id or folder.resolve().name,
         "projection_dim": config.get("projection_dim", 512),
@@ -30,10 +31,23 @@ def write_card(folder: Path, model_id: str | None = None) -> None:
         "results": _results(results),
         "scope": _scope(results),
         "classes": _classes(_read_json(folder / "confusion_matrix.json"), (folder / "confusion_matrix.png").exists()),
-        "training": _training(_read_json(folder / "training_data.json")),
+        "training": _training(training),
+        "limits": _limits(training, config["vision_config"].get("image_size", 224)),
     }
     template = Template((TEMPLATES / f"{config['model_type']}.md").read_text(encoding="utf-8"))
     (folder / "README.md").write_text(template.substitute(facts), encoding="utf-8")
+
+
+def _limits(training: dict[str, Any], image_size: int) -> str:
+    what = (
+        f"the images and texts of `{training['dataset']}` alone"
+        if "dataset" in training
+        else "pictures of ten classes (airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck)"
+    )
+    return (
+        f"Trained on {what}, at {image_size} x {image_size} pixels. It knows nothing else, and its scores on other "
+        "pictures mean little."
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -79,6 +93,8 @@ def _scope(results: dict[str, Any]) -> str:
     lines = []
     if "images" in metadata and "image_splits" in metadata:
         lines.append(f"Over {metadata['images']} images of split {' and '.join(metadata['image_splits'])}.")
+    if "dataset" in metadata:
+        lines.append(f"Over {metadata['images']} images of `{metadata['dataset']}` and their texts.")
     if "probe" in metadata and "probe_count" in results:
         lines.append(
             f"`knn_top1` and `linear_probe_top1` are of classifiers fitted on the embeddings of "
@@ -107,7 +123,8 @@ def _classes(confusion: dict[str, Any], has_picture: bool) -> str:
 def _training(data: dict[str, Any]) -> str:
     if not data:
         return "What it was trained on is not recorded."
-    rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in data.items() if not isinstance(value, dict)]
+    facts = {name: value for name, value in data.items() if value is not None and not isinstance(value, dict)}
+    rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items()]
     return "\n".join(["| fact | value |", "| --- | --- |", *rows])
 
 

@@ -71,6 +71,16 @@ def test_recorded_facts_are_told(tmp_path, config):
     assert "40 x 40 pixels" in text
 
 
+def test_an_encoder_of_another_set_says_so(tmp_path):
+    data = {"num_images": 8, "dataset": "somebody/captions", "dataset_config": None, "images_per_split": {}}
+    results = {"image_to_text_r1": 0.5, "metadata": {"images": 3, "dataset": "somebody/captions"}}
+    text = card(tmp_path, ENCODER, eval_results=results, training_data=data)
+    assert "Trained on the images and texts of `somebody/captions` alone, at 40 x 40 pixels." in text
+    assert "Over 3 images of `somebody/captions`" in text
+    assert "airplane" not in text and "None" not in text
+    assert "Trained on pictures of ten classes (airplane" in card(tmp_path, ENCODER, training_data={"num_images": 8})
+
+
 def test_the_name_is_the_folder_s_by_default(tmp_path):
     folder = tmp_path / "my-model"
     folder.mkdir()

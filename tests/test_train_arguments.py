@@ -13,6 +13,7 @@ from sigphi.train import arguments as arguments_module
 from sigphi.train import quickstart
 from sigphi.train.arguments import (
     DataArguments,
+    EncoderDataArguments,
     SiglipModelArguments,
     SiglipTrainingArguments,
     SigphiTrainingArguments,
@@ -25,7 +26,7 @@ from sigphi.train.base_lm import BaseModelArguments, BaseTrainingArguments
 from sigphi.train.errors import UserError
 from sigphi.train.parser import parse_arguments
 
-SIGLIP = [SiglipModelArguments, DataArguments, SiglipTrainingArguments]
+SIGLIP = [SiglipModelArguments, EncoderDataArguments, SiglipTrainingArguments]
 VLM = [VlmModelArguments, DataArguments, VlmTrainingArguments]
 BASE = [BaseModelArguments, DataArguments, BaseTrainingArguments]
 DOCUMENTED = [SiglipTrainingArguments, VlmTrainingArguments, BaseTrainingArguments]
@@ -99,6 +100,12 @@ def test_full_tuning_needs_16_bits():
         (VlmModelArguments, {"siglip_checkpoint": "e", "attn_implementation": "x"}, "--attn-implementation .*'x'"),
         (VlmModelArguments, {"siglip_checkpoint": "e", "image_cache": "auto"}, "--image-cache .*'auto'"),
         (DataArguments, {}, "--input-csv is needed"),
+        (EncoderDataArguments, {}, "--input-csv is needed"),
+        (EncoderDataArguments, {"input_csv": "a", "dataset": "d"}, "--input-csv has no use with --dataset"),
+        (EncoderDataArguments, {"images": "a", "dataset": "d"}, "--images has no use with --dataset"),
+        (EncoderDataArguments, {"input_csv": "a", "text_column": "t"}, "--text-column has no use without --dataset"),
+        (EncoderDataArguments, {"dataset": "d", "eval_fraction": 1.0}, "--eval-fraction must .*1.0"),
+        (EncoderDataArguments, {"dataset": "d", "image_store": "x"}, "--image-store must .*'x'"),
         (DataArguments, {"input_csv": "a", "eval_fraction": 1.0}, "--eval-fraction must .*1.0"),
         (DataArguments, {"input_csv": "a", "image_split": "val"}, "--image-split must .*train, test, got 'val'"),
         (DataArguments, {"input_csv": "a", "on_faulty_answers": "x"}, "--on-faulty-answers must .*'x'"),

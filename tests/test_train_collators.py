@@ -8,8 +8,9 @@ from sigphi.train.collators import (
     IGNORE_INDEX,
     SiglipCollator,
     VlmCollator,
+    normalize,
     preprocess,
-    random_shift_and_flip,
+    resize,
 )
 from sigphi.train.pairs import pair_masks
 
@@ -29,7 +30,8 @@ def test_equal_texts_are_one_column_and_keep_the_first_spelling(tiny_encoder_pro
     assert batch["return_loss"] is True
     decoded = tiny_encoder_processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
     assert decoded == ["A cat.", "A dog."]
-    assert torch.equal(batch["pixel_values"], preprocess(tiny_encoder_processor, images[[2, 0]]))
+    assert torch.equal(batch["pixel_values"], images[[2, 0]])
+    assert batch["image_index"].tolist() == [2, 0]
 
 
 def test_long_texts_are_cut(tiny_encoder_processor):
@@ -58,14 +60,23 @@ def test_preprocess_equals_the_processor(tiny_encoder_processor, images):
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         pixels = pixels.view(image.height, image.width, 3).permute(2, 0, 1)
         expected = tiny_encoder_processor(images=image, return_tensors="pt")["pixel_values"]
-        torch.testing.assert_close(preprocess(tiny_encoder_processor, pixels[None]), expected, rtol=0, atol=1e-6)
+        assert torch.equal(preprocess(tiny_encoder_processor, pixels[None]), expected)
 
 
 def test_preprocess_keeps_the_order_of_a_batch(tiny_encoder_processor):
     pixels = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
     pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pixels]
     expected = tiny_encoder_processor(images=pictures, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(preprocess(tiny_encoder_processor, pixels), expected, rtol=0, atol=1e-6)
+    assert torch.equal(preprocess(tiny_encoder_processor, pixels), expected)
+
+
+def test_resized_images_stay_bytes_and_are_normalised_as_by_the_processor(tiny_encoder_processor):
+    by = tiny_encoder_processor.image_processor
+    pixels = torch.randint(256, (5, 3, 47, 61), dtype=torch.uint8)
+    resized = resize(by, pixels)
+    assert resized.dtype == torch.uint8 and resized.shape == (5, 3, 32, 32)
+    assert torch.equal(normalize(by, resized), by(list(pixels), return_tensors="pt")["pixel_values"])
+    assert torch.equal(resize(by, resized), resized)
 
 
 # VLM -----------------------------------------------------------------------------------------------------------------
@@ -106,68 +117,3 @@ def test_an_empty_answer_is_an_error_that_names_the_row():
     rows = vlm_rows() + [{"image_index": 0, "prompt_ids": [1], "answer_ids": []}]
     with pytest.raises(ValueError, match="Row 2 of the batch has no answer tokens"):
         VlmCollator(PAD, image_features=torch.zeros(2, 1, 1))(rows)
-
-
-# Augmentation --------------------------------------------------------------------------------------------------------
-
-
-def crops(image: torch.Tensor, shift: int) -> list[torch.Tensor]:
-    """All crops of one image `(channels, height, width)` over its mirrored border, and their mirror images."""
-    _, height, width = image.shape
-
-    def mirrored(index: int, size: int) -> int:
-        index = abs(index)
-        return 2 * (size - 1) - index if index >= size else index
-
-    found = []
-    for down in range(-shift, shift + 1):
-        for right in range(-shift, shift + 1):
-            rows = [mirrored(row + down, height) for row in range(height)]
-            columns = [mirrored(column + right, width) for column in range(width)]
-            crop = image[:, rows][:, :, columns]
-            found += [crop, crop.flip(-1)]
-    return found
-
-
-def which(image: torch.Tensor, candidates: list[torch.Tensor]) -> int:
-    matches = [number for number, crop in enumerate(candidates) if torch.equal(image, crop)]
-    assert len(matches) == 1
-    return matches[0]
-
-
-def test_every_augmented_image_is_one_of_its_crops_and_each_has_its_own():
-    pixels = torch.randn(40, 3, 8, 6)
-    moved = random_shift_and_flip(pixels, shift=2)
-    assert moved.shape == pixels.shape and moved.dtype == pixels.dtype
-    drawn = [which(image, crops(original, 2)) for image, original in zip(moved, pixels, strict=True)]
-    assert len(set(drawn)) > 15
-    assert {number % 2 for number in drawn} == {0, 1}
-
-
-def test_augmentation_reaches_every_crop():
-    image = torch.randn(3, 6, 6)
-    moved = random_shift_and_flip(image.expand(600, -1, -1, -1), shift=1)
-    assert {which(one, crops(image, 1)) for one in moved} == set(range(18))
-
-
-def test_augmentation_repeats_with_the_seed():
-    pixels = torch.randn(10, 3, 8, 8)
-    torch.manual_seed(3)
-    first = random_shift_and_flip(pixels, 1)
-    again = random_shift_and_flip(pixels, 1)
-    torch.manual_seed(3)
-    assert torch.equal(random_shift_and_flip(pixels, 1), first)
-    assert not torch.equal(again, first)
-
-
-def test_augmentation_does_not_change_its_input():
-    pixels = torch.randn(4, 3, 8, 8)
-    before = pixels.clone()
-    random_shift_and_flip(pixels, 2)
-    assert torch.equal(pixels, before)
-
-
-def test_without_shift_only_flips_are_left():
-    pixels = torch.randn(20, 3, 5, 5)
-    for image, original in zip(random_shift_and_flip(pixels, 0), pixels, strict=True):
-        assert torch.equal(image, original) or torch.equal(image, original.flip(-1))

@@ -12,6 +12,7 @@ from sigphi import SiglipResNetProcessor
 from sigphi.train import siglip, vlm
 from sigphi.train.arguments import (
     DataArguments,
+    EncoderDataArguments,
     SiglipModelArguments,
     SiglipTrainingArguments,
     VlmModelArguments,
@@ -54,7 +55,7 @@ def vlm_case(words: list[str], *more: str) -> VlmCase:
 
 
 def siglip_case(words: list[str], *more: str) -> SiglipCase:
-    types = [SiglipModelArguments, DataArguments, SiglipTrainingArguments]
+    types = [SiglipModelArguments, EncoderDataArguments, SiglipTrainingArguments]
     return read_siglip_case(*parse_arguments(types, [*words, *more], ""))
 
 

@@ -19,7 +19,7 @@ from sigphi import (
     SiglipTrainer,
     SiglipTrainingArguments,
 )
-from sigphi.train.collators import SiglipCollator
+from sigphi.train.collators import SiglipCollator, preprocess
 from sigphi.train.errors import UserError
 from sigphi.train.pairs import pair_masks
 
@@ -65,7 +65,12 @@ class Recorder(TrainerCallback):
 
 
 def make_trainer(
-    folder: Path, model: nn.Module, collator: Callable[..., Any], rows: datasets.Dataset | None = None, **options: Any
+    folder: Path,
+    model: nn.Module,
+    collator: Callable[..., Any],
+    rows: datasets.Dataset | None = None,
+    processor: SiglipResNetProcessor | None = None,
+    **options: Any,
 ) -> SiglipTrainer:
     """A constant learning rate, so that the first steps of a long run are those of a short one."""
     fixed: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "eval_strategy": "no", "save_strategy": "no"}
@@ -78,6 +83,7 @@ def make_trainer(
         train_dataset=rows or make_rows(),
         eval_dataset=rows or make_rows(),
         data_collator=collator,
+        processing_class=processor,
     )
 
 
@@ -94,7 +100,7 @@ def train_encoder(
     folder: Path, encoder: SiglipResNetModel, processor: SiglipResNetProcessor, **options: Any
 ) -> dict[str, Any]:
     encoder.text_model.language_model.requires_grad_(False)
-    return train(folder, encoder, SiglipCollator(processor, make_images()), **options)
+    return train(folder, encoder, SiglipCollator(processor, make_images()), processor=processor, **options)
 
 
 def close(measured: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -148,6 +154,16 @@ def whole(shared: dict[str, Any], processor: Any, tmp_path_factory: pytest.TempP
     return train_encoder(tmp_path_factory.mktemp("whole"), frozen_norm(shared["encoder"]), processor)
 
 
+AUGMENTED = {"augment": True, "cutout": 8, "color_jitter": 0.3, "max_steps": 5}  # two epochs and a half
+
+
+@pytest.fixture(scope="module")
+def augmented(shared: dict[str, Any], processor: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One process, one pass, augmented."""
+    folder = tmp_path_factory.mktemp("augmented")
+    return train_encoder(folder, frozen_norm(shared["encoder"]), processor, **AUGMENTED)
+
+
 @pytest.fixture(scope="module")
 def whole_siglip(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return train(tmp_path_factory.mktemp("whole"), tiny_siglip(), couples, max_steps=3)
@@ -162,7 +178,8 @@ def test_twenty_steps_are_those_of_the_committed_file(whole, request):
         assert step == pytest.approx(expected, rel=1e-4)
 
 
-def several_trainings(folder: Path, encoder: SiglipResNetModel, processor: Any) -> list[dict[str, Any]]:
+def several_trainings(folder: Path, processor: SiglipResNetProcessor) -> list[dict[str, Any]]:
+    encoder = SiglipResNetModel.from_pretrained(folder)
     sizes = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 16}
     others = {"loss_variant": "gather", "micro_batch_size": 7, "max_steps": 3}
     return [
@@ -173,9 +190,30 @@ def several_trainings(folder: Path, encoder: SiglipResNetModel, processor: Any) 
 
 
 def test_two_processes_train_like_one(shared, processor, whole, whole_siglip, tmp_path):
-    for measured in run_processes(several_trainings, 2, tmp_path, tmp_path, shared["encoder"], processor):
+    shared["encoder"].save_pretrained(tmp_path)
+    for measured in run_processes(several_trainings, 2, tmp_path, tmp_path, processor):
         for one, expected in zip(measured, (whole, whole, whole_siglip), strict=True):
             close(one, expected)
+
+
+def test_augmentation_changes_what_is_learnt_and_not_what_is_evaluated(whole, augmented, shared, processor, tmp_path):
+    assert augmented["log"][0][0] != pytest.approx(whole["log"][0][0], rel=1e-4)
+    losses = [
+        make_trainer(
+            tmp_path,
+            frozen_norm(shared["encoder"]),
+            SiglipCollator(processor, make_images()),
+            processor=processor,
+            **options,
+        ).evaluate()["eval_loss"]
+        for options in ({}, AUGMENTED)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_pixels_of_floats_are_not_augmented(tmp_path):
+    with pytest.raises(ValueError, match="of floats are not augmented"):
+        train(tmp_path, tiny_siglip(), couples, augment=True, max_steps=1)
 
 
 # Two passes ----------------------------------------------------------------------------------------------------------
@@ -185,6 +223,11 @@ def test_two_processes_train_like_one(shared, processor, whole, whole_siglip, tm
 def test_parts_of_a_batch_train_like_the_whole(shared, processor, whole, tmp_path, micro_batch_size):
     options = {"micro_batch_size": micro_batch_size, "max_steps": 3}
     close(train_encoder(tmp_path, frozen_norm(shared["encoder"]), processor, **options), whole)
+
+
+def test_parts_of_an_augmented_batch_train_like_the_whole(shared, processor, augmented, tmp_path):
+    options = {**AUGMENTED, "micro_batch_size": 13}
+    close(train_encoder(tmp_path, frozen_norm(shared["encoder"]), processor, **options), augmented)
 
 
 def test_both_passes_draw_the_same_numbers_and_statistics_move_once(tiny_encoder, processor, tmp_path):
@@ -209,7 +252,7 @@ def test_more_parts_than_texts(shared, processor, tmp_path):
         collator = SiglipCollator(processor, make_images())
         rows = make_rows().map(lambda row: {"texts": row["texts"][:1], "facts": row["facts"][:1]})
         options = {"max_steps": 2, "micro_batch_size": micro_batch_size}
-        runs.append(train(tmp_path, encoder, collator, rows=rows, **options))
+        runs.append(train(tmp_path, encoder, collator, rows=rows, processor=processor, **options))
     close(runs[1], runs[0])
 
 
@@ -227,12 +270,15 @@ def test_accumulated_batches_are_averaged(shared, processor, whole, tmp_path):
     }
     order: list[dict[str, Any]] = []
     collator = SiglipCollator(processor, make_images())
-    measured = train(tmp_path, encoder, lambda rows: order.append(collator(rows)) or order[-1], **options)
+    measured = train(
+        tmp_path, encoder, lambda rows: order.append(collator(rows)) or order[-1], processor=processor, **options
+    )
     reference = frozen_norm(shared["encoder"])
     losses = []
     for batch in order[:2]:
         positives, ignored = pair_masks(**batch["pairs"])
         inputs = {name: value for name, value in batch.items() if name != "pairs"}
+        inputs["pixel_values"] = preprocess(processor, batch["pixel_values"])
         losses.append(reference(**inputs, positives=positives, ignored=ignored).loss)
     loss = sum(losses) / 2
     gradient = torch.autograd.grad(loss, reference.vision_model.projection.weight)[0]
@@ -254,7 +300,8 @@ def test_an_image_is_encoded_once_with_all_its_texts(tiny_encoder, processor, tm
     tiny_encoder.text_model.register_forward_pre_hook(lambda _, inputs: given["texts"].append(len(inputs[0])))
     rows = make_rows().map(lambda row: {"texts": [f"Text {i} of {row['image_index']}." for i in range(5)]})
     rows = rows.map(lambda row: {"facts": [""] * 5})
-    trainer = make_trainer(tmp_path, tiny_encoder, SiglipCollator(processor, make_images()), rows=rows, max_steps=2)
+    collator = SiglipCollator(processor, make_images())
+    trainer = make_trainer(tmp_path, tiny_encoder, collator, rows=rows, processor=processor, max_steps=2)
     trainer.train()
     assert given == {"images": [32, 32], "texts": [160, 160]}
 

@@ -26,7 +26,9 @@ from sigphi import (
 from sigphi.train import siglip, vlm
 from sigphi.train.collators import SiglipCollator, VlmCollator, preprocess
 from sigphi.train.data import distinct_images, load_cifar10_qa
+from sigphi.train.encoder_data import qa_rows
 from sigphi.train.encoder_evaluation import pool_texts
+from sigphi.train.image_texts import StoredImages
 from sigphi.train.images import decode_images
 from sigphi.train.prompts import tokenized_rows
 from sigphi.train.trainers import SiglipTrainer, VlmTrainer
@@ -406,8 +408,9 @@ def test_pooled_texts_come_in_the_order_of_the_texts(tiny_encoder, tiny_encoder_
 # Image batches -------------------------------------------------------------------------------------------------------
 
 
-def test_one_row_an_image_with_all_its_answers(data):
-    rows, pixels = siglip.image_rows(data["train"])
+def test_one_row_an_image_with_all_its_answers(data, tiny_encoder_processor):
+    rows, images = qa_rows(data["train"])
+    pixels = StoredImages(images, tiny_encoder_processor.image_processor).all()
     assert len(rows) == len(pixels) == len(set(data["train"]["dataset_index"]))
     answers: dict[int, list[str]] = {}
     for index, answer in zip(data["train"]["dataset_index"], data["train"]["answer"], strict=True):
@@ -426,7 +429,7 @@ def test_images_are_augmented_in_training_alone(tiny_encoder, tiny_encoder_proce
     arguments = SiglipTrainingArguments(
         output_dir=str(tmp_path), report_to="none", eval_strategy="no", augment=augment
     )
-    trainer = SiglipTrainer(model=tiny_encoder, args=arguments)
+    trainer = SiglipTrainer(model=tiny_encoder, args=arguments, processing_class=tiny_encoder_processor)
     given = []
     tiny_encoder.vision_model.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
     pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)

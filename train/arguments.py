@@ -38,13 +38,43 @@ class QaArguments:
     )
 
     def __post_init__(self) -> None:
+        self.check_source()
+        one_of("--on-faulty-answers", self.on_faulty_answers, ("error", "skip"))
+        if self.image_split is not None:
+            one_of("--image-split", self.image_split, ("train", "test"))
+
+    def check_source(self) -> None:
+        """Raise a [`UserError`] unless it is said what to work on."""
         if not self.input_csv:
             raise UserError(
                 "--input-csv is needed: the file of questions and answers (`sigphi data build` makes one)."
             )
-        one_of("--on-faulty-answers", self.on_faulty_answers, ("error", "skip"))
-        if self.image_split is not None:
-            one_of("--image-split", self.image_split, ("train", "test"))
+
+
+@dataclass
+class PairsArguments(QaArguments):
+    """Which images and texts a command works on: those of a CSV, or of any `datasets` set."""
+
+    _argument_group_name = "data"
+
+    dataset: str | None = HfArg(
+        help="Instead of --input-csv: a set of images with texts, a Hub id or a folder.", default=None
+    )
+    dataset_config: str | None = HfArg(help="Configuration of a --dataset that has several.", default=None)
+    dataset_split: str = HfArg(help="Split of --dataset.", default="train")
+    image_column: str = HfArg(help="Column of --dataset with the images.", default="image")
+    text_column: str = HfArg(help="Column of --dataset with the texts, one or a list of them a row.", default="text")
+
+    def check_source(self) -> None:
+        """As that of [`QaArguments`]; and what belongs to the other source may not be given."""
+        of_csv = ("input_csv", "images", "image_split", "on_faulty_answers")
+        of_dataset = ("dataset_config", "dataset_split", "image_column", "text_column")
+        for name in of_dataset if self.dataset is None else of_csv:
+            if getattr(self, name) != getattr(PairsArguments, name):
+                place = "without" if self.dataset is None else "with"
+                raise UserError(f"--{name.replace('_', '-')} has no use {place} --dataset: leave one of them out.")
+        if self.dataset is None:
+            super().check_source()
 
 
 @dataclass
@@ -60,6 +90,23 @@ class DataArguments(QaArguments):
         super().__post_init__()
         if not 0.0 <= self.eval_fraction < 1.0:
             raise UserError(f"--eval-fraction must be at least 0 and below 1, got {self.eval_fraction}.")
+
+
+@dataclass
+class EncoderDataArguments(PairsArguments, DataArguments):
+    """What an encoder is trained on, and what is held out from it."""
+
+    _argument_group_name = "data"
+
+    image_store: str = HfArg(
+        help="'memory': images are decoded once and kept at the size of the model; 'arrow': decoded for each batch, "
+        "for sets larger than memory (add --dataloader-num-workers).",
+        default="memory",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("--image-store", self.image_store, ("memory", "arrow"))
 
 
 @dataclass
@@ -273,11 +320,22 @@ class SiglipTrainingArguments(SigphiTrainingArguments):
         help="Must stay off: t' and b are used after the model's forward pass.", default=False
     )
     augment: bool = HfArg(help="Random shift by up to 1/8 of the image, and horizontal flip.", default=True)
+    cutout: int = HfArg(
+        help="Height and width in pixels of a square of each image that is blanked, at random; 0: none.", default=0
+    )
+    color_jitter: float = HfArg(
+        help="Change brightness, contrast and saturation by up to this share, at random, from 0 (off) to 1.",
+        default=0.0,
+    )
     channels_last: bool = HfArg(help="Keep images and kernels in channels-last order.", default=True)
 
     def __post_init__(self) -> None:
         one_of("--loss-variant", self.loss_variant, ("ring", "gather"))
         one_of("--duplicate-texts", self.duplicate_texts, ("positive", "ignored"))
+        if self.cutout < 0:
+            raise UserError(f"--cutout must be 0 (off) or a number of pixels, got {self.cutout}.")
+        if not 0.0 <= self.color_jitter <= 1.0:
+            raise UserError(f"--color-jitter must be from 0 (off) to 1, got {self.color_jitter}.")
         if self.loss_chunk_size < 1:
             raise UserError(f"--loss-chunk-size must be 1 or more, got {self.loss_chunk_size}.")
         if self.micro_batch_size < 0:

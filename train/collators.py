@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -12,6 +12,12 @@ from sigphi.processing.processing_sigphi import SigPhiProcessor
 from sigphi.train.pairs import pair_ids, text_key
 
 IGNORE_INDEX = -100
+
+
+class Images(Protocol):
+    """Images in the size of a model, `(3, size, size)` and uint8 each: a tensor, or what decodes them on demand."""
+
+    def __getitem__(self, indices: torch.Tensor, /) -> torch.Tensor: ...
 
 
 @dataclass
@@ -27,7 +33,8 @@ class SiglipCollator:
 
     Args:
         processor (`SiglipResNetProcessor`): prepares both modalities.
-        images (`torch.ByteTensor` of shape `(images, 3, height, width)`): decoded images, which rows name by index.
+        images (`torch.ByteTensor` of shape `(images, 3, size, size)`, or `StoredImages`): decoded images in the size
+            of the model, see [`resize`], which rows name by index.
         max_text_length (`int`, *optional*, defaults to `64`): longest text in tokens.
         text_features (`torch.Tensor` of shape `(texts, hidden_size)`, *optional*): the frozen tower's pooled states,
             precomputed, instead of token ids.
@@ -35,7 +42,7 @@ class SiglipCollator:
     """
 
     processor: SiglipResNetProcessor
-    images: torch.Tensor
+    images: Images
     max_text_length: int = 64
     text_features: torch.Tensor | None = None
     text_rows: dict[str, int] | None = None
@@ -47,7 +54,8 @@ class SiglipCollator:
                 [`stated_fact`]) and `known` (`list[str]`: all facts that are known of the image).
 
         Returns:
-            `dict`: `pixel_values` `(images, 3, height, width)`; `input_ids` and `attention_mask` `(texts, length)`, or
+            `dict`: `pixel_values` `(images, 3, size, size)`, uint8, which [`SiglipTrainer`] augments and normalises on
+            its device, and `image_index` `(images,)`; `input_ids` and `attention_mask` `(texts, length)`, or
             `text_features` `(texts, hidden_size)`; `pairs`, the `image_ids` and `text_ids` of [`pair_ids`]; and
             `return_loss` and `return_logits`, which tell the Trainer that there is a loss, and the model that it need
             not compute logits.
@@ -58,8 +66,10 @@ class SiglipCollator:
             for text, fact in zip(row["texts"], row["facts"], strict=True):
                 texts.setdefault(text_key(text), text)
                 facts.setdefault(text_key(text), fact)
+        image_index = torch.tensor([row["image_index"] for row in rows])
         return {
-            "pixel_values": preprocess(self.processor, self.images[[row["image_index"] for row in rows]]),
+            "pixel_values": self.images[image_index],
+            "image_index": image_index,
             "pairs": pair_ids(rows, facts),
             "return_loss": True,
             "return_logits": False,  # the Trainer's loss makes its own, in chunks
@@ -141,35 +151,32 @@ def preprocess(processor: Any, images: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.FloatTensor` of shape `(images, 3, size, size)`.
     """
-    return processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+    return normalize(processor.image_processor, resize(processor.image_processor, images))
 
 
-def random_shift_and_flip(pixel_values: torch.Tensor, shift: int) -> torch.Tensor:
+def resize(image_processor: Any, images: Iterable[torch.Tensor]) -> torch.Tensor:
     """
-    Move each image by up to `shift` pixels each way (over its mirrored border) and flip every second one, at random.
-
-    torchvision's batch transforms draw one shift for the whole batch; here each image has its own.
-
-    Args:
-        pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): on any device.
-        shift (`int`): largest shift in pixels.
+    The first half of [`preprocess`]: images in the size of the model, still as bytes, `(images, 3, size, size)`.
     """
-    images, channels, height, width = pixel_values.shape
-    device = pixel_values.device
-    padded = torch.nn.functional.pad(pixel_values, [shift] * 4, mode="reflect")
-    rows = torch.arange(height, device=device) + torch.randint(2 * shift + 1, (images, 1), device=device)
-    columns = torch.arange(width, device=device) + torch.randint(2 * shift + 1, (images, 1), device=device)
-    flip = torch.rand(images, 1, device=device) < 0.5
-    columns = torch.where(flip, columns.flip(1), columns)  # (images, width)
-    image = torch.arange(images, device=device)[:, None, None, None]
-    channel = torch.arange(channels, device=device)[None, :, None, None]
-    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    options = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+    return image_processor(list(images), **options)["pixel_values"]
+
+
+def normalize(image_processor: Any, images: torch.Tensor) -> torch.Tensor:
+    """
+    The second half of [`preprocess`], on the device of the images: `(images, 3, size, size)`, float32.
+    """
+    by = image_processor
+    return by.rescale_and_normalize(
+        images, by.do_rescale, by.rescale_factor, by.do_normalize, by.image_mean, by.image_std
+    )
 
 
 __all__ = [
     "IGNORE_INDEX",
     "SiglipCollator",
     "VlmCollator",
+    "normalize",
     "preprocess",
-    "random_shift_and_flip",
+    "resize",
 ]

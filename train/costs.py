@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    SiglipImageProcessor,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.quantizers import AutoHfQuantizer
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
@@ -24,13 +31,14 @@ from sigphi.train.arguments import (
     VlmTrainingArguments,
     choose_attn_implementation,
 )
-from sigphi.train.collators import IGNORE_INDEX, random_shift_and_flip
+from sigphi.train.collators import IGNORE_INDEX
 from sigphi.train.errors import UserError
 from sigphi.train.losses import global_sigmoid_loss
 from sigphi.train.memory import MemoryMeter, Speed, fake_mode, materialize
 from sigphi.train.qlora import build_vlm
 from sigphi.train.siglip import whiten_text_projection
 from sigphi.train.text_tower import TEXTS_A_BATCH, TOKENS_A_BATCH
+from sigphi.train.trainers import tower_inputs
 
 # What `encode_images` takes at once, and the longest answer that an evaluation asks for.
 ENCODED_AT_ONCE = 256
@@ -514,15 +522,16 @@ def _run_encoder(model: Any, setup: SiglipSetup, batch: SiglipBatch, speed: Spee
         ids = torch.zeros(rows, batch.length, dtype=torch.long, device=arguments.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
+    image_processor = SiglipImageProcessor()  # whatever it normalises by takes the same memory
     parts = -(-batch.images // (arguments.micro_batch_size or batch.images))
     image_ids = torch.arange(batch.images, device=arguments.device)[:, None]
     text_ids = F.pad(torch.arange(batch.texts, device=arguments.device)[:, None], (0, 2))
 
     def inputs() -> dict[str, Any]:
         images, part = -(-batch.images // parts), -(-batch.texts // parts)
-        pixels = run.fake(images, 3, vision.image_size, vision.image_size)
-        if arguments.augment:
-            pixels = random_shift_and_flip(pixels, shift=vision.image_size // 8)
+        shape = (images, 3, vision.image_size, vision.image_size)
+        index = torch.arange(images, device=arguments.device)
+        pixels = tower_inputs(image_processor, arguments, run.fake(*shape, dtype=torch.uint8), index, epoch=0)
         if arguments.channels_last:
             pixels = pixels.to(memory_format=torch.channels_last)
         words = {"text_features": run.fake(part, hidden_size)} if setup.caches_features else texts(part)

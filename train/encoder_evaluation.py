@@ -16,6 +16,7 @@ from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
 from sigphi.train.collators import preprocess
 from sigphi.train.data import distinct_images
 from sigphi.train.facts import CLASS_NAMES
+from sigphi.train.image_texts import StoredImages
 from sigphi.train.images import decode_images
 from sigphi.train.metrics import (
     chance_recall_at_k,
@@ -167,6 +168,31 @@ def evaluate_encoder(
     return results
 
 
+def evaluate_retrieval(
+    model: SiglipResNetModel,
+    processor: SiglipResNetProcessor,
+    rows: datasets.Dataset,
+    batch_size: int = 256,
+    max_retrieval_images: int = 1000,
+) -> dict[str, float]:
+    """
+    The figures of retrieval of [`evaluate_encoder`], for images and texts of which nothing else is known.
+
+    Args:
+        model, processor, batch_size, max_retrieval_images: as there.
+        rows (`datasets.Dataset`): with `image` and `texts`, as of [`load_image_texts`]; the first so many are ranked.
+    """
+    was_training = model.training
+    model.eval()
+    rows = rows.select(range(min(len(rows), max_retrieval_images)))
+    pictures, batches = StoredImages(rows, processor.image_processor), torch.arange(len(rows)).split(batch_size)
+    embeds = torch.cat([embed_images(model, processor, pictures[batch], batch_size) for batch in batches])
+    pairs = [(image, text) for image, texts in enumerate(rows["texts"]) for text in texts]
+    results = _retrieval(model, processor, embeds, pairs, batch_size)
+    model.train(was_training)
+    return results
+
+
 def _embed(
     model: SiglipResNetModel, processor: Any, images: datasets.Dataset, batch_size: int, what: str
 ) -> tuple[torch.Tensor, list[int]]:
@@ -242,5 +268,6 @@ __all__ = [
     "embed_images",
     "embed_texts",
     "evaluate_encoder",
+    "evaluate_retrieval",
     "pool_texts",
 ]

@@ -1,6 +1,7 @@
 """The command `sigphi evaluate MODEL`, and what a folder of results holds.
 
 sigphi evaluate outputs/vlm --input-csv test.csv --images uoft-cs/cifar10
+sigphi evaluate outputs/siglip --dataset captions --dataset-split test --text-column caption
 """
 
 import json
@@ -19,12 +20,13 @@ from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
 from sigphi.configuration.configuration_sigphi import SigPhiConfig
 from sigphi.hub_card.cards import write_card
 from sigphi.train.answer_scores import judged_rows
-from sigphi.train.arguments import QaArguments
+from sigphi.train.arguments import PairsArguments
 from sigphi.train.checkpoints import check_token_counts, read_config
 from sigphi.train.data import distinct_images, held_out, load_cifar10_qa
-from sigphi.train.encoder_evaluation import evaluate_encoder
+from sigphi.train.encoder_evaluation import evaluate_encoder, evaluate_retrieval
 from sigphi.train.encoder_options import EncoderEvaluationArguments, encoder_options
 from sigphi.train.errors import UserError, run_command
+from sigphi.train.image_texts import hold_out, load_image_texts
 from sigphi.train.parser import parse_arguments
 from sigphi.train.predictions import PREDICTIONS, write_samples
 from sigphi.train.records import EVAL_RESULTS, TRAINING_DATA, environment, write_json
@@ -79,12 +81,35 @@ def evaluate_folder(
         **(notes or {}),
         **environment(),
     }
+    if is_vlm and Path(name).is_dir():
+        write_samples(Path(name), dataset)
+    _record(name, results)
+    return results
+
+
+def evaluate_pairs_folder(
+    name: str, rows: datasets.Dataset, notes: dict[str, Any], batch_size: int = 256
+) -> dict[str, Any]:
+    """
+    As [`evaluate_folder`], of an encoder on images and texts of any set: [`evaluate_retrieval`].
+
+    Args:
+        name (`str`): a folder or a Hub id.
+        rows (`datasets.Dataset`): of [`load_image_texts`].
+        notes (`dict`): what else the metadata has to hold, such as where the images come from.
+        batch_size (`int`, *optional*, defaults to 256): images or texts in a step.
+    """
+    model, processor = load_for_evaluation(name)
+    results: dict[str, Any] = dict(evaluate_retrieval(model, processor, rows, batch_size))
+    results["metadata"] = {"images": len(rows), **notes, **environment()}
+    _record(name, results)
+    return results
+
+
+def _record(name: str, results: dict[str, Any]) -> None:
     if Path(name).is_dir():
         write_json(Path(name, EVAL_RESULTS), results)
-        if is_vlm:
-            write_samples(Path(name), dataset)
         write_card(Path(name))
-    return results
 
 
 def only_unseen(dataset: datasets.Dataset, model: str) -> datasets.Dataset:
@@ -99,6 +124,8 @@ def only_unseen(dataset: datasets.Dataset, model: str) -> datasets.Dataset:
         logger.warning("%s does not record what it was trained on; scores may cover images that it has seen.", model)
         return dataset
     facts = json.loads(record.read_text(encoding="utf-8"))
+    if facts.get("dataset") or (facts.get("encoder") or {}).get("dataset"):
+        logger.warning("%s or its encoder was trained on another set; scores may cover images of it.", model)
     # A VLM has seen its own training images, and its image tower those of the encoder.
     sources = [facts, facts["encoder"]] if facts.get("encoder") else [facts]
     keys = zip(dataset["split"], dataset["dataset_index"], strict=True)
@@ -122,6 +149,24 @@ def _saw(facts: dict[str, Any], split: str, index: int) -> bool:
     if split not in facts["images_per_split"]:
         return False
     return not held_out(index, split, facts["eval_fraction"], facts["split_seed"])
+
+
+def only_unseen_pairs(rows: datasets.Dataset, data: PairsArguments, model: str) -> datasets.Dataset:
+    """
+    Of the rows of [`load_image_texts`] those whose images the encoder held out, where its folder records that it was
+    trained on this very split.
+
+    Raises:
+        UserError: if no row is left.
+    """
+    record = Path(model, TRAINING_DATA)
+    facts = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    if any(facts.get(name) != getattr(data, name) for name in ("dataset", "dataset_config", "dataset_split")):
+        logger.warning("%s records no training on this split; scores may cover images that it has seen.", model)
+        return rows
+    if facts["eval_fraction"] == 0:
+        raise UserError(f"{model} was trained on all images of this split; give another --dataset-split.")
+    return hold_out(rows, facts["eval_fraction"], facts["split_seed"])["eval"]
 
 
 @dataclass
@@ -149,17 +194,20 @@ def results_table(results: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`sigphi evaluate MODEL --input-csv FILE`: every metric, to `eval_results.json` and a table."""
+    """`sigphi evaluate MODEL`: every metric, to `eval_results.json` and a table."""
     data, options, encoder, model = parse_arguments(
-        [QaArguments, EvaluateArguments, EncoderEvaluationArguments],
+        [PairsArguments, EvaluateArguments, EncoderEvaluationArguments],
         argv,
         "sigphi evaluate",
         [("model", None, "a folder or Hub id")],
     )
     config = read_config(model, "MODEL", SiglipResNetConfig.model_type, SigPhiConfig.model_type)
     is_encoder = config.model_type == SiglipResNetConfig.model_type
-    if not is_encoder and encoder != EncoderEvaluationArguments():
-        raise UserError(f"--probe-... and --human-labels are for encoders, and {model} is none; leave them out.")
+    if (not is_encoder or data.dataset is not None) and encoder != EncoderEvaluationArguments():
+        raise UserError("--probe-... and --human-labels are for encoders on images of --input-csv; leave them out.")
+    if data.dataset is not None:
+        sys.stdout.write(results_table(_evaluate_pairs(model, is_encoder, data, options)))
+        return
     dataset = load_cifar10_qa(data.input_csv, data.images, data.image_split, 1.0, 0, data.on_faulty_answers)["eval"]
     dataset = only_unseen(dataset, model)
     if options.max_images is not None:
@@ -174,7 +222,19 @@ def main(argv: list[str] | None = None) -> None:
     sys.stdout.write(results_table(evaluate_folder(model, dataset, **kwargs)))
 
 
-__all__ = ["evaluate_folder", "load_for_evaluation", "main", "only_unseen", "results_table"]
+def _evaluate_pairs(model: str, is_encoder: bool, data: PairsArguments, options: EvaluateArguments) -> dict[str, Any]:
+    if not is_encoder:
+        raise UserError(f"--dataset is for encoders, and {model} is none; give --input-csv.")
+    assert data.dataset is not None
+    names = (data.dataset_config, data.dataset_split, data.image_column, data.text_column)
+    rows = only_unseen_pairs(load_image_texts(data.dataset, *names), data, model)
+    if options.max_images is not None:
+        rows = rows.select(range(min(len(rows), options.max_images)))
+    notes = {"dataset": data.dataset, "dataset_split": data.dataset_split}
+    return evaluate_pairs_folder(model, rows, notes, options.batch_size)
+
+
+__all__ = ["evaluate_folder", "evaluate_pairs_folder", "load_for_evaluation", "main", "only_unseen", "results_table"]
 
 if __name__ == "__main__":
     run_command(main, "sigphi evaluate")

@@ -10,6 +10,7 @@ True
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 from sigphi.train.facts import (
     BRIGHTNESS_LEVELS,
@@ -232,14 +233,15 @@ _CLAUSE_ENDS = re.compile(r",|:|\b(?:and|but|while|with|whereas|which|that|in fr
 _NEGATIONS = ("no", "not", "never", "neither", "nor", "without", "cannot")
 
 
-def _clauses(text: str) -> Iterator[list[list[str]]]:
-    """The sentences of a text, each as a list of clauses, each as words up to a negation: what follows is denied."""
-    text = re.sub("n['\u2019]t\\b", " not", text.lower())
-    for sentence in re.split(r"[.!?;\n]+", text):
-        clauses = [_words(clause) for clause in _CLAUSE_ENDS.split(sentence)]
-        yield [
-            words[: next((i for i, word in enumerate(words) if word in _NEGATIONS), len(words))] for words in clauses
-        ]
+def _sentences(text: str) -> list[str]:
+    return re.split(r"[.!?;\n]+", re.sub("n['\u2019]t\\b", " not", text.lower()))
+
+
+def _clauses(sentence: str) -> Iterator[list[str]]:
+    """The clauses of a sentence, each as words up to a negation: what follows is denied."""
+    for clause in _CLAUSE_ENDS.split(sentence):
+        words = _words(clause)
+        yield words[: next((i for i, word in enumerate(words) if word in _NEGATIONS), len(words))]
 
 
 def named_classes(text: str) -> set[str]:
@@ -248,7 +250,8 @@ def named_classes(text: str) -> set[str]:
     Not counted is a class behind a negation in its clause: "not a dog", "no cats", but "a cat cannot fly".
     """
     table = _WORD_TABLES["object"]
-    return {table[word] for clauses in _clauses(text) for words in clauses for word in words if word in table}
+    words = (word for sentence in _sentences(text) for clause in _clauses(sentence) for word in clause)
+    return {table[word] for word in words if word in table}
 
 
 def stated_facts(text: str) -> set[tuple[str, str]]:
@@ -268,19 +271,22 @@ def stated_facts(text: str) -> set[tuple[str, str]]:
 
     Another value of the same attribute is another pair: a text that contradicts itself states both.
     """
-    facts = {("object", name) for name in named_classes(text)}
-    for clauses in _clauses(text):
-        before = ""
-        for words in clauses:
-            for position, word in enumerate(words):
-                if word in _WORD_TABLES["category"]:
-                    facts.add(("category", _WORD_TABLES["category"][word]))
-                attribute = _attribute_of(words, position, before)
-                if attribute:
-                    facts.add((attribute, _WORD_TABLES[attribute][word]))
-                    before = attribute
-            before = next((_KEYS[word] for word in reversed(words) if word in _KEYS), before)
-    return facts
+    return {fact for sentence in _sentences(text) for fact in _facts_of_sentence(sentence)}
+
+
+# Descriptions of many images share most of their sentences.
+@lru_cache(maxsize=20_000)
+def _facts_of_sentence(sentence: str) -> frozenset[tuple[str, str]]:
+    facts = set()
+    before = ""
+    for words in _clauses(sentence):
+        for position, word in enumerate(words):
+            attribute = _attribute_of(words, position, before)
+            stated = [name for name in ("object", "category", attribute) if word in _WORD_TABLES.get(name, ())]
+            facts |= {(name, _WORD_TABLES[name][word]) for name in stated}
+            before = attribute or before
+        before = next((_KEYS[word] for word in reversed(words) if word in _KEYS), before)
+    return frozenset(facts)
 
 
 def _attribute_of(words: list[str], position: int, before: str) -> str:

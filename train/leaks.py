@@ -59,6 +59,8 @@ def report_near_duplicates(learned: Lines, tested: Lines, of_file: str, source: 
         source (`str`): where the images are, see [`load_images`].
         findings (`Findings`): gets the problems.
     """
+    if not learned or not tested:
+        return  # before all pictures are decoded
     for split, (indices, pictures) in _pictures(learned, source).items():
         for other_split, (other_indices, other_pictures) in _pictures(tested, source).items():
             for row, other_row, likeness in near_duplicates(pictures, other_pictures):

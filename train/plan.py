@@ -18,6 +18,7 @@ from transformers.hf_argparser import HfArg
 
 from sigphi.train.arguments import (
     DataArguments,
+    EncoderDataArguments,
     SiglipModelArguments,
     SiglipTrainingArguments,
     VlmModelArguments,
@@ -47,9 +48,9 @@ logger = logging.getLogger(__name__)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 # Stage -> its options, and what reads its data.
-STAGES: dict[str, tuple[type, type, Callable[..., Case]]] = {
-    "vlm": (VlmModelArguments, VlmTrainingArguments, read_vlm_case),
-    "siglip": (SiglipModelArguments, SiglipTrainingArguments, read_siglip_case),
+STAGES: dict[str, tuple[tuple[type, type, type], Callable[..., Case]]] = {
+    "vlm": ((VlmModelArguments, DataArguments, VlmTrainingArguments), read_vlm_case),
+    "siglip": ((SiglipModelArguments, EncoderDataArguments, SiglipTrainingArguments), read_siglip_case),
 }
 
 
@@ -187,15 +188,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def plan(stage: str, words: list[str]) -> None:
     """Plan a training of `stage` with the options in `words`; errors as those of [`main`]."""
-    model_type, training_type, read = STAGES[stage]
-    model, data, training, options = parse_arguments(
-        [model_type, DataArguments, training_type, PlanArguments], words, f"sigphi plan {stage}"
-    )
+    types, read = STAGES[stage]
+    model, data, training, options = parse_arguments([*types, PlanArguments], words, f"sigphi plan {stage}")
     if training.deepspeed or training.fsdp or training.torch_compile:
         logger.warning("planned as without --deepspeed, --fsdp and --torch-compile, which plan knows nothing about")
-    report = check_csv(data.input_csv, data.images, data.image_split)
-    errors = fatal_errors(report, data.on_faulty_answers)
-    _show(check_text(report, data.input_csv, errors))
+    errors = 0
+    if data.input_csv:  # and not a set that is no CSV
+        report = check_csv(data.input_csv, data.images, data.image_split)
+        errors = fatal_errors(report, data.on_faulty_answers)
+        _show(check_text(report, data.input_csv, errors))
     case = read(model, data, training)
     _show(data_text(case))
     machine = Machine.present(training, options.tflops)

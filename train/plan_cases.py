@@ -16,6 +16,7 @@ from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
 from sigphi.processing.processing_sigphi import SigPhiProcessor
 from sigphi.train.arguments import (
     DataArguments,
+    EncoderDataArguments,
     SiglipModelArguments,
     SiglipTrainingArguments,
     VlmModelArguments,
@@ -33,6 +34,7 @@ from sigphi.train.costs import (
     vlm_costs,
 )
 from sigphi.train.data import distinct_images, load_data
+from sigphi.train.encoder_data import encoder_source
 from sigphi.train.errors import UserError
 from sigphi.train.evaluation import only_unseen
 from sigphi.train.images import decode_images
@@ -40,8 +42,8 @@ from sigphi.train.memory import Speed
 from sigphi.train.padding import padded_tokens, padding_share, random_batches
 from sigphi.train.pairs import text_key
 from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
-from sigphi.train.siglip import encoder_config, encoder_processor
-from sigphi.train.text_tower import length_batches
+from sigphi.train.siglip import distinct_texts, encoder_config, encoder_processor
+from sigphi.train.text_tower import length_batches, token_ids
 from sigphi.train.vlm import check_lengths, check_models, choose_watched
 
 # Options in other words than their fields'.
@@ -58,7 +60,7 @@ class _Case:
         lengths (`np.ndarray` of shape `(rows,)`, int): tokens of each question with its answer, or of each text.
         num_train, num_eval (`int`): questions (VLM) or images (encoder).
         num_images (`int`): distinct images of both parts.
-        image_bytes (`int`): of a decoded image.
+        image_bytes (`int`): of a decoded image that stays in memory.
     """
 
     model: Any
@@ -344,7 +346,7 @@ def _tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
 
 
 def read_siglip_case(
-    model: SiglipModelArguments, data_arguments: DataArguments, training: SiglipTrainingArguments
+    model: SiglipModelArguments, data_arguments: EncoderDataArguments, training: SiglipTrainingArguments
 ) -> SiglipCase:
     """
     The training that `sigphi train-siglip` would start with these options.
@@ -354,29 +356,23 @@ def read_siglip_case(
     """
     check_evaluation(data_arguments, training)
     encoder = encoder_config(model)
-    tokenizer = encoder_processor(model).tokenizer
-    data = load_data(data_arguments)
-    everything = datasets.concatenate_datasets(list(data.values()))
-    images, positions = distinct_images(everything)
-    num_train = len(distinct_images(data["train"])[0])
-    rows: dict[str, int] = {}
-    first_spellings: list[str] = []
-    texts: list[list[int]] = [[] for _ in range(len(images))]
-    for position, answer in zip(positions, everything["answer"], strict=True):
-        if text_key(answer) not in rows:
-            rows[text_key(answer)] = len(rows)
-            first_spellings.append(answer)
-        texts[position].append(rows[text_key(answer)])
-    tokens = tokenizer(first_spellings, truncation=True, max_length=model.max_text_length)["input_ids"]
+    processor = encoder_processor(model)
+    source, make_rows = encoder_source(data_arguments)
+    texts_of = {name: make_rows(part)[0]["texts"][:] for name, part in source.items()}
+    of_all = [texts for rows in texts_of.values() for texts in rows]
+    spellings = distinct_texts(text for texts in of_all for text in texts)
+    number = {key: position for position, key in enumerate(spellings)}
+    tokens = token_ids(processor.tokenizer, list(spellings.values()), model.max_text_length)
+    size = processor.image_processor.size
     return SiglipCase(
         model=model,
         training=training,
         lengths=np.array([len(ids) for ids in tokens]),
-        num_train=num_train,
-        num_eval=len(images) - num_train,
-        num_images=len(images),
-        image_bytes=decode_images(images, [0]).nbytes,
-        texts=texts,
+        num_train=len(texts_of["train"]),
+        num_eval=len(of_all) - len(texts_of["train"]),
+        num_images=len(of_all),
+        image_bytes=3 * size["height"] * size["width"] if data_arguments.image_store == "memory" else 0,
+        texts=[[number[text_key(text)] for text in texts] for texts in of_all],
         encoder=encoder,
     )
 

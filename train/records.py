@@ -9,8 +9,9 @@ from typing import Any
 import datasets
 import torch
 
-from sigphi.train.arguments import DataArguments
+from sigphi.train.arguments import DataArguments, PairsArguments
 from sigphi.train.data import data_facts
+from sigphi.train.image_texts import pairs_facts
 
 EVAL_RESULTS = "eval_results.json"
 TRAINING_DATA = "training_data.json"
@@ -35,15 +36,16 @@ def write_training_data(
 
     Args:
         folder (`Path`): the model's.
-        train (`datasets.Dataset`): the training split.
+        train (`datasets.Dataset`): the training split, of [`load_data`] or of [`hold_out`].
         arguments (`DataArguments`): its source and how it was split.
         encoder (`Path`, *optional*): folder of the encoder that the model was built on; what that has seen counts too.
     """
-    facts = data_facts(train) | {
-        "images": arguments.images,
-        "eval_fraction": arguments.eval_fraction,
-        "split_seed": arguments.split_seed,
-    }
+    if isinstance(arguments, PairsArguments) and arguments.dataset is not None:
+        names = ("dataset", "dataset_config", "dataset_split")
+        facts = pairs_facts(train) | {name: getattr(arguments, name) for name in names}
+    else:
+        facts = data_facts(train) | {"images": arguments.images}
+    facts |= {"eval_fraction": arguments.eval_fraction, "split_seed": arguments.split_seed}
     if encoder is not None and (encoder / TRAINING_DATA).exists():
         facts["encoder"] = json.loads((encoder / TRAINING_DATA).read_text(encoding="utf-8"))
     write_json(folder / TRAINING_DATA, facts | {"environment": environment()})

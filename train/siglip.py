@@ -8,7 +8,6 @@ torchrun --nproc_per_node 2 -m sigphi.train.siglip --use_cpu --input-csv qa.csv 
 import copy
 import logging
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,20 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig, SiglipResNetVisionConfig
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel, SiglipResNetVisionModel
 from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
-from sigphi.train.arguments import DataArguments, SiglipModelArguments, SiglipTrainingArguments, check_evaluation
+from sigphi.train.arguments import (
+    EncoderDataArguments,
+    SiglipModelArguments,
+    SiglipTrainingArguments,
+    check_evaluation,
+)
 from sigphi.train.checkpoints import read_config
 from sigphi.train.collators import SiglipCollator
-from sigphi.train.data import distinct_images, load_data
+from sigphi.train.data import distinct_images
+from sigphi.train.encoder_data import EncoderData, load_encoder_data
 from sigphi.train.encoder_evaluation import class_embeddings, class_texts, embed_images, pool_texts
 from sigphi.train.encoder_options import EncoderEvaluationArguments, sample_images
 from sigphi.train.errors import run_command
-from sigphi.train.evaluation import evaluate_folder, results_table
-from sigphi.train.images import decode_images
-from sigphi.train.judging import known_facts, stated_fact
+from sigphi.train.evaluation import evaluate_folder, evaluate_pairs_folder, results_table
 from sigphi.train.metrics import top1_accuracy
 from sigphi.train.pairs import text_key
 from sigphi.train.parser import parse_arguments
@@ -167,35 +170,6 @@ def encoder_processor(arguments: SiglipModelArguments) -> SiglipResNetProcessor:
     return SiglipResNetProcessor(image_processor, tokenizer)
 
 
-def image_rows(dataset: datasets.Dataset) -> tuple[datasets.Dataset, torch.Tensor]:
-    """
-    One row an image with all its answers, and the decoded images.
-
-    Args:
-        dataset (`datasets.Dataset`): a split of [`load_cifar10_qa`].
-
-    Returns:
-        `tuple`: a `datasets.Dataset` with `image_index`, `texts`, `facts` (what each text states), `known` (all that
-        the answers state of the image) and `label`, and a `torch.ByteTensor` of shape `(images, 3, height, width)`.
-    """
-    images, positions = distinct_images(dataset)
-    texts, facts = defaultdict(list), defaultdict(list)
-    known: defaultdict[int, set[str]] = defaultdict(set)
-    columns = (positions, dataset["answer"], dataset["question_type"], dataset["short_answer"])
-    for position, answer, question_type, short_answer in zip(*columns, strict=True):
-        texts[position].append(answer)
-        facts[position].append(stated_fact(answer, question_type, short_answer))
-        known[position] |= known_facts(answer, question_type, short_answer)
-    rows = {
-        "image_index": range(len(images)),
-        "texts": [texts[position] for position in range(len(images))],
-        "facts": [facts[position] for position in range(len(images))],
-        "known": [sorted(known[position]) for position in range(len(images))],
-        "label": images["label"],
-    }
-    return datasets.Dataset.from_dict(rows), decode_images(images, range(len(images)))
-
-
 def distinct_texts(texts: Iterable[str]) -> dict[str, str]:
     """One spelling of each text by its [`text_key`], sorted by it, whatever the order and number of `texts`."""
     spellings = {text_key(text): text for text in sorted(set(texts), reverse=True)}
@@ -251,31 +225,27 @@ def whiten_text_projection(model: SiglipResNetModel, features: torch.Tensor) -> 
     projection.bias.copy_(-weight @ mean)
 
 
-def encoder_inputs(
-    data: datasets.DatasetDict,
+def encoder_collator(
+    data: EncoderData,
     config: SiglipResNetConfig,
     processor: SiglipResNetProcessor,
     arguments: SiglipModelArguments,
     device: torch.device | None = None,
-) -> tuple[datasets.Dataset, datasets.Dataset | None, SiglipCollator]:
+) -> SiglipCollator:
     """
-    Rows for training, rows for evaluation where images are held out, and the collator that has their images.
+    The collator for the rows of `data`, with what the frozen text tower says of their texts where that is cached.
 
     Args:
-        data (`datasets.DatasetDict`): of [`load_data`].
+        data (`EncoderData`): of [`load_encoder_data`].
         config (`SiglipResNetConfig`): of [`encoder_config`].
         processor (`SiglipResNetProcessor`): of [`encoder_processor`].
         arguments (`SiglipModelArguments`): the options.
         device (`torch.device`, *optional*): where the text tower runs, if it has to; by default the CPU.
     """
-    everything = datasets.concatenate_datasets(list(data.values()))
-    rows, pixels = image_rows(everything)
-    collator = SiglipCollator(processor, pixels, arguments.max_text_length)
+    collator = SiglipCollator(processor, data.images, arguments.max_text_length)
     if arguments.caches_texts:
-        cache_texts(collator, everything["answer"], config, arguments, device)
-    num_train = len(distinct_images(data["train"])[0])
-    eval_rows = rows.select(range(num_train, len(rows))) if "eval" in data else None
-    return rows.select(range(num_train)), eval_rows, collator
+        cache_texts(collator, data.texts(), config, arguments, device)
+    return collator
 
 
 def start_text_projection(model: SiglipResNetModel, collator: SiglipCollator, texts: Iterable[str]) -> None:
@@ -292,11 +262,12 @@ def zero_shot_metric(
     rows: datasets.Dataset, collator: SiglipCollator, batch_size: int
 ) -> Callable[[SiglipResNetModel], dict[str, float]]:
     """What the Trainer adds to each evaluation: zero-shot accuracy on the images of `rows`."""
-    pixels, labels = collator.images[rows["image_index"]], torch.tensor(rows["label"])
+    batches, labels = torch.tensor(rows["image_index"]).split(batch_size), torch.tensor(rows["label"])
     features = None if collator.text_features is None else collator.features_of(class_texts())
 
     def metric(model: SiglipResNetModel) -> dict[str, float]:
-        embeds = embed_images(model, collator.processor, pixels, batch_size)  # (images, dim)
+        parts = [embed_images(model, collator.processor, collator.images[batch], batch_size) for batch in batches]
+        embeds = torch.cat(parts)  # (images, dim)
         classes = class_embeddings(model, collator.processor, features=features)  # (classes, dim)
         return {"zero_shot_top1": top1_accuracy(embeds @ classes.t(), labels)}
 
@@ -306,29 +277,30 @@ def zero_shot_metric(
 def main(argv: list[str] | None = None) -> None:
     """`sigphi train-siglip`: options, data, model, training, artifact, evaluation."""
     model_arguments, data_arguments, arguments = parse_arguments(
-        [SiglipModelArguments, DataArguments, SiglipTrainingArguments], argv, "sigphi train-siglip"
+        [SiglipModelArguments, EncoderDataArguments, SiglipTrainingArguments], argv, "sigphi train-siglip"
     )
     check_evaluation(data_arguments, arguments)
-    data = load_data(data_arguments)
     config, processor = encoder_config(model_arguments), encoder_processor(model_arguments)
+    data = load_encoder_data(data_arguments, processor.image_processor)
     # The other processes wait, and then read the file that the first one has written.
     with arguments.main_process_first(desc="features of the texts"):
-        train_rows, eval_rows, collator = encoder_inputs(data, config, processor, model_arguments, arguments.device)
+        collator = encoder_collator(data, config, processor, model_arguments, arguments.device)
     set_seed(arguments.seed)  # here, so that a run that has to embed the texts starts from the same weights
     model = build_encoder(model_arguments, config, arguments.device)
     if model_arguments.siglip_checkpoint is None:  # a checkpoint's projection is trained already
-        start_text_projection(model, collator, [text for part in data.values() for text in part["answer"]])
+        start_text_projection(model, collator, data.texts())
     if arguments.channels_last:
         model.vision_model.to(memory_format=torch.channels_last)
-    batch_size = arguments.per_device_eval_batch_size
+    eval_rows, batch_size = data.rows.get("eval"), arguments.per_device_eval_batch_size
+    has_labels = eval_rows is not None and "label" in eval_rows.column_names
     trainer = SiglipTrainer(
         model=model,
         args=arguments,
-        train_dataset=train_rows,
+        train_dataset=data.rows["train"],
         eval_dataset=eval_rows,
         data_collator=collator,
         processing_class=processor,
-        extra_evaluation=None if eval_rows is None else zero_shot_metric(eval_rows, collator, batch_size),
+        extra_evaluation=zero_shot_metric(eval_rows, collator, batch_size) if has_labels else None,
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     if arguments.should_save:
@@ -337,16 +309,21 @@ def main(argv: list[str] | None = None) -> None:
     if not trainer.is_world_process_zero():
         return
     folder = Path(arguments.output_dir)
-    write_training_data(folder, data["train"], data_arguments)
+    write_training_data(folder, data.source["train"], data_arguments)
     write_loss_curve(trainer.state.log_history, folder)
-    if "eval" in data:
+    if eval_rows is not None:
         del model, trainer  # the artifact is loaded anew, beside nothing
-        probe = sample_images(distinct_images(data["train"])[0], EncoderEvaluationArguments.probe_size)
-        notes = {"probe": f"{data_arguments.images}, those of training"}
-        sys.stdout.write(results_table(evaluate_folder(str(folder), data["eval"], notes, probe=probe)))
+        sys.stdout.write(results_table(_evaluate(str(folder), data.source, data_arguments)))
 
 
-__all__ = ["build_encoder", "complete_encoder", "encoder_config", "encoder_processor", "image_rows", "main"]
+def _evaluate(folder: str, source: datasets.DatasetDict, arguments: EncoderDataArguments) -> dict[str, Any]:
+    if arguments.dataset is not None:
+        return evaluate_pairs_folder(folder, source["eval"], {"dataset": arguments.dataset})
+    probe = sample_images(distinct_images(source["train"])[0], EncoderEvaluationArguments.probe_size)
+    return evaluate_folder(folder, source["eval"], {"probe": f"{arguments.images}, those of training"}, probe=probe)
+
+
+__all__ = ["build_encoder", "complete_encoder", "encoder_config", "encoder_processor", "main"]
 
 if __name__ == "__main__":
     run_command(main, "python -m sigphi.train.siglip")

@@ -18,8 +18,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from sigphi.hub_card.cards import write_card
 from sigphi.modeling.modeling_siglip_resnet import keep_batch_norm_statistics
 from sigphi.modeling.modeling_sigphi import LORA_FOLDER, LORA_WEIGHTS
-from sigphi.train.arguments import check_launch
-from sigphi.train.collators import random_shift_and_flip
+from sigphi.train.arguments import SiglipTrainingArguments, check_launch
+from sigphi.train.augmentation import cut_out, jitter_color, shift_and_flip, uniform_draws
+from sigphi.train.collators import normalize
 from sigphi.train.losses import global_sigmoid_loss
 
 
@@ -112,6 +113,10 @@ class SiglipTrainer(_ArtifactTrainer):
     `image_embeds` and `text_embeds`, and that has a `logit_scale` and `logit_bias`, such as transformers'
     `SiglipModel`. A batch without `pairs` says that image i belongs to text i alone.
 
+    `pixel_values` of bytes are augmented and normalised on the training device, see [`tower_inputs`]: by the image
+    processor of `processing_class`, and by `image_index`. Those of floats are taken as they are, so that
+    augmentation has to be off.
+
     Raises:
         UserError: if the processes of a job do not train together, see [`check_launch`].
     """
@@ -190,12 +195,49 @@ class SiglipTrainer(_ArtifactTrainer):
 
     def _model_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         pixel_values = inputs["pixel_values"]  # (images, 3, height, width)
-        if model.training and self.args.augment:
-            pixel_values = random_shift_and_flip(pixel_values, shift=pixel_values.shape[-1] // 8)
+        if pixel_values.dtype == torch.uint8:
+            epoch = int(self.state.epoch or 0) if model.training else None
+            pixel_values = tower_inputs(
+                self.processing_class.image_processor, self.args, pixel_values, inputs["image_index"], epoch
+            )
+        elif model.training and (self.args.augment or self.args.color_jitter > 0 or self.args.cutout > 0):
+            raise ValueError("`pixel_values` of floats are not augmented: give bytes, or `augment=False`.")
         if self.args.channels_last:
             pixel_values = pixel_values.to(memory_format=torch.channels_last)
-        rest = {name: value for name, value in inputs.items() if name not in ("pairs", "return_loss")}
+        others = ("pairs", "return_loss", "image_index")
+        rest = {name: value for name, value in inputs.items() if name not in others}
         return rest | {"pixel_values": pixel_values}
+
+
+def tower_inputs(
+    image_processor: Any,
+    arguments: SiglipTrainingArguments,
+    pixels: torch.Tensor,
+    image_index: torch.Tensor,
+    epoch: int | None,
+) -> torch.Tensor:
+    """
+    What the image tower reads of a batch, made on its device; with no augmentation exactly what the processor makes.
+
+    Args:
+        image_processor (`SiglipImageProcessor`): of the model.
+        arguments (`SiglipTrainingArguments`): how images are augmented, and the seed.
+        pixels (`torch.ByteTensor` of shape `(images, 3, size, size)`): in the size of the model.
+        image_index (`torch.LongTensor` of shape `(images,)`): their numbers in the data set.
+        epoch (`int`, *optional*): of the training; without it nothing is augmented.
+
+    Returns:
+        `torch.FloatTensor` of shape `(images, 3, size, size)`.
+    """
+    if epoch is None:
+        return normalize(image_processor, pixels)
+    draws = uniform_draws(arguments.seed, epoch, image_index, 8)  # (images, 8)
+    if arguments.augment:
+        pixels = shift_and_flip(pixels, pixels.shape[-1] // 8, draws[:, :3])
+    if arguments.color_jitter > 0:
+        pixels = jitter_color(pixels.float(), arguments.color_jitter, draws[:, 3:6])
+    values = normalize(image_processor, pixels)
+    return cut_out(values, arguments.cutout, draws[:, 6:]) if arguments.cutout > 0 else values
 
 
 def _split(inputs: dict[str, Any], images_at_once: int) -> list[dict[str, Any]]:
@@ -280,4 +322,4 @@ class VlmTrainer(_ArtifactTrainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-__all__ = ["SiglipTrainer", "VlmTrainer"]
+__all__ = ["SiglipTrainer", "VlmTrainer", "tower_inputs"]
