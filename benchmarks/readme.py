@@ -78,8 +78,46 @@ def memory_table() -> str:
     return f"{lines}\nPeaks of three training steps on a CPU, above what the imports take (benchmarks/plan.py).\n"
 
 
+def speed_table() -> str:
+    """The contestants of benchmarks/encoder.py."""
+    results = read("encoder")
+    throughput, towers, race = results["throughput"], results["towers"], results["to_accuracy"]
+    accuracy = f"seconds to {race['accuracy']:.2f}"
+    lines = f"| trained by | pairs/s | images/s | peak memory | {accuracy} |\n| --- | --- | --- | --- | --- |\n"
+    for name, one in throughput["contestants"].items():
+        seconds = race["seconds"].get(name)
+        cells = [f"{one['pairs_per_second']:,.0f}", f"{one['images_per_second']:,.0f}"]
+        cells += [f"{one['peak_bytes'] / 1e6:,.0f} MB", "" if seconds is None else f"{seconds:.0f}"]
+        lines += f"| {name} | {' | '.join(cells)} |\n"
+    ratios = "".join(
+        f"| {one['of']} | {one['to']} | {one['median']:.1f} | {one['least']:.1f} to {one['most']:.1f} |\n"
+        for one in throughput["ratios"]
+    )
+    tower, machine = towers["ratio"], throughput["machine"]
+    rival = race["scores"]["open_clip fp32"]
+    return (
+        f"{lines}\n| pairs/s of | over those of | median | turns |\n| --- | --- | --- | --- |\n{ratios}\n"
+        f"The image tower alone, a training step in float32 with images and text embeddings in memory: "
+        f"{tower['median']:.2f} times the images/s of timm's in open_clip's order of memory and optimizer (quartiles "
+        f"{tower['quartiles'][0]:.2f} and {tower['quartiles'][1]:.2f} of {towers['rounds']} rounds). The same "
+        f"architecture and numbers; a forward pass over an image takes "
+        f"{towers['forward_flops_per_image']['sigphi'] / 1e6:.0f} and "
+        f"{towers['forward_flops_per_image']['open_clip'] / 1e6:.0f} MFLOP, because sigphi leaves out products with "
+        f"padding.\n\n"
+        f"Zero-shot accuracy: chance is 0.10; open_clip's best in {rival[-1][0]:.0f} s was "
+        f"{max(score for _, score in rival):.3f}.\n\n"
+        f"{machine['cores']} cores of an {machine['processor']}, {machine['threads']} threads, "
+        f"{throughput['turns']} turns; open_clip {machine['open_clip_torch']}, timm {machine['timm']}, transformers "
+        f"{machine['transformers']}, torch {machine['torch']} (benchmarks/encoder.py).\n"
+    )
+
+
 # File -> what stands between which marks.
-TABLES = {"README.md": {"results": table, "types": types_table}, "docs/plan.md": {"memory": memory_table}}
+TABLES = {
+    "README.md": {"results": table, "types": types_table},
+    "docs/plan.md": {"memory": memory_table},
+    "docs/encoder.md": {"speed": speed_table},
+}
 
 
 def render(file: str) -> str:
