@@ -4,13 +4,14 @@ import dataclasses
 import inspect
 import logging
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
 
 from sigphi.train import arguments as arguments_module
-from sigphi.train import quickstart
+from sigphi.train import plan, quickstart, siglip
 from sigphi.train.arguments import (
     DataArguments,
     EncoderDataArguments,
@@ -253,7 +254,8 @@ RECIPE_TYPES = {"base": BASE, "siglip": SIGLIP, "vlm": VLM}
 
 @pytest.mark.parametrize("recipe", sorted(quickstart.RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_parses(recipe: Path, tmp_path):
-    types = RECIPE_TYPES[next(name for name in RECIPE_TYPES if name in recipe.stem.split("_"))]
+    stage = next((name for name in RECIPE_TYPES if name in recipe.stem.split("_")), "siglip")
+    types = RECIPE_TYPES[stage]
     argv = ["--config", str(recipe), "--input-csv", "qa.csv", "--output-dir", str(tmp_path)]
     if types is VLM:
         argv += ["--siglip-checkpoint", "encoder"]
@@ -268,3 +270,26 @@ def test_every_recipe_parses(recipe: Path, tmp_path):
 def test_there_are_recipes_for_every_stage():
     stems = [path.stem for path in quickstart.RECIPES.glob("*.yaml")]
     assert {f"quickstart_{name}" for name in RECIPE_TYPES} <= set(stems)
+    assert {"cpu-small", "resnet50-32", "resnet50-224-pretrained"} == {path.stem for path in siglip.RECIPES}
+
+
+@pytest.mark.parametrize("command", [siglip.main, partial(plan.plan, "siglip")])
+def test_a_recipe_that_does_not_exist_is_refused_with_those_that_do(command):
+    with pytest.raises(
+        UserError, match="invalid choice: 'cpu-large' .*cpu-small.*resnet50-32.*resnet50-224-pretrained"
+    ):
+        command(["--input-csv", "qa.csv", "--recipe", "cpu-large"])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"cutout": -1}, "--cutout must be 0 .off. or a number of pixels, got -1"),
+        ({"color_jitter": 1.5}, "--color-jitter must be from 0 .off. to 1, got 1.5"),
+        ({"ema_decay": 0.9, "fsdp": "full_shard"}, "--ema-decay .* runs without DeepSpeed and FSDP"),
+        ({"muon": True, "optim": "sgd"}, "--muon goes with --optim adamw_torch .* not sgd"),
+    ],
+)
+def test_what_does_not_go_together_in_the_training_of_the_encoder(options, expected, tmp_path):
+    with pytest.raises(UserError, match=expected):
+        SiglipTrainingArguments(output_dir=str(tmp_path), report_to="none", **options)

@@ -32,6 +32,7 @@ from sigphi.train.costs import (
 from sigphi.train.errors import UserError
 from sigphi.train.losses import global_sigmoid_loss
 from sigphi.train.memory import MemoryMeter
+from sigphi.train.muon import is_kernel
 from sigphi.train.qlora import build_vlm, load_language_model
 
 PHI_2_FOLDER = Path(__file__).parents[2] / "shared" / "models" / "phi-2"
@@ -257,6 +258,25 @@ def test_each_moment_of_the_encoder_needs_what_a_real_step_needs(text_config, tm
     expected = sums(siglip_costs(setup, batch))
     for moment, size in real_encoder_step(setup, batch).items():
         assert expected[moment] == pytest.approx(size, rel=0.05), moment
+
+
+def test_an_average_of_the_weights_is_a_copy_of_what_is_trained(text_config, tmp_path):
+    batch = SiglipBatch(images=16, texts=40, length=12, all_texts=300)
+    without, averaged = (
+        siglip_costs(encoder_setup(text_config, tmp_path, ema_decay=decay), batch) for decay in (0, 0.9)
+    )
+    copies = averaged.weights["average of the trained weights"]
+    assert averaged.weights == without.weights | {"average of the trained weights": copies}
+    assert 4 * without.trained < copies < 4.2 * without.trained  # BatchNorm has statistics beside its weights
+    assert all(sums(averaged)[moment] == size + copies for moment, size in sums(without).items())
+
+
+def test_muon_keeps_one_state_for_a_kernel(text_config, tmp_path):
+    batch = SiglipBatch(images=16, texts=40, length=12, all_texts=300)
+    costs = [siglip_costs(encoder_setup(text_config, tmp_path, muon=muon), batch) for muon in (False, True)]
+    vision: Any = SiglipResNetModel(encoder_setup(text_config, tmp_path).encoder).vision_model
+    kernels = sum(tensor.numel() for tensor in vision.parameters() if is_kernel(tensor))
+    assert costs[0].optimizer - costs[1].optimizer == pytest.approx(4 * kernels, abs=200)  # and a number of steps each
 
 
 def test_parts_of_a_batch_need_less_memory_and_more_work(text_config, tmp_path):

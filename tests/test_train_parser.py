@@ -66,6 +66,25 @@ def config(tmp_path):
     return write
 
 
+def test_a_recipe_is_a_config_by_name(tmp_path):
+    recipes = [tmp_path / "small.yaml", tmp_path / "large-one.yaml"]
+    for number, path in enumerate(recipes):
+        path.write_text(f"input_csv: {path.stem}\nmax_images: {number}\n")
+
+    def parse(*words: str) -> DataOptions:
+        return parse_arguments([DataOptions], list(words), "sigphi train", recipes=recipes)[0]
+
+    chosen = parse("--recipe", "large-one")
+    assert (chosen.input_csv, chosen.max_images) == ("large-one", 1)
+    assert parse("--recipe", "small", "--max-images", "7").max_images == 7
+    with pytest.raises(UserError, match="invalid choice: 'x' .*small.*large-one"):
+        parse("--recipe", "x")
+    with pytest.raises(UserError, match="--recipe and --config both give defaults: leave one of them out"):
+        parse("--recipe", "small", "--config", str(recipes[0]))
+    with pytest.raises(UserError, match="there is no option `--recipe`"):
+        parse_arguments([DataOptions], ["--recipe", "small"], "sigphi train")
+
+
 @pytest.mark.parametrize("flag", ["--input_csv", "--input-csv"])
 def test_both_spellings(flag):
     (options,) = parse(flag, "a.csv")

@@ -125,6 +125,10 @@ class SiglipModelArguments:
         default_factory=lambda: [256, 512, 1024, 2048], metadata={"help": "Channels of each stage."}
     )
     depths: list[int] = field(default_factory=lambda: [3, 4, 6, 3], metadata={"help": "Layers of each stage."})
+    downsample_in_first_stage: bool = HfArg(
+        help="Halve the feature map in the first stage too, as in all others: less work for small images.",
+        default=False,
+    )
     stem: str = HfArg(help="'cifar' (3x3, for 32-pixel images) or 'imagenet' (7x7 and pooling).", default="cifar")
     image_size: int = HfArg(help="Height and width in pixels that images are resized to.", default=32)
     projection_dim: int = HfArg(help="Size of the image and text embeddings.", default=512)
@@ -327,6 +331,16 @@ class SiglipTrainingArguments(SigphiTrainingArguments):
         help="Change brightness, contrast and saturation by up to this share, at random, from 0 (off) to 1.",
         default=0.0,
     )
+    muon: bool = HfArg(
+        help="Move the kernels of convolutions by their orthogonalised momentum (Muon), at the same learning rate; "
+        "--optim, an AdamW, moves all other weights.",
+        default=False,
+    )
+    ema_decay: float = HfArg(
+        help="Evaluate and save an exponential moving average of the weights, with this decay a step; 0: the weights "
+        "themselves.",
+        default=0.0,
+    )
     channels_last: bool = HfArg(help="Keep images and kernels in channels-last order.", default=True)
 
     def __post_init__(self) -> None:
@@ -334,6 +348,10 @@ class SiglipTrainingArguments(SigphiTrainingArguments):
         one_of("--duplicate-texts", self.duplicate_texts, ("positive", "ignored"))
         if self.cutout < 0:
             raise UserError(f"--cutout must be 0 (off) or a number of pixels, got {self.cutout}.")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise UserError(f"--ema-decay must be at least 0 (off) and below 1, got {self.ema_decay}.")
+        if self.ema_decay > 0 and (self.deepspeed or self.fsdp):
+            raise UserError("--ema-decay needs whole weights in each process: it runs without DeepSpeed and FSDP.")
         if not 0.0 <= self.color_jitter <= 1.0:
             raise UserError(f"--color-jitter must be from 0 (off) to 1, got {self.color_jitter}.")
         if self.loss_chunk_size < 1:
@@ -348,6 +366,10 @@ class SiglipTrainingArguments(SigphiTrainingArguments):
                 "DistributedDataParallel would not find them."
             )
         super().__post_init__()
+        if self.muon and self.optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise UserError(
+                f"--muon goes with --optim adamw_torch or adamw_torch_fused (the default), not {self.optim.value}."
+            )
         if self.sync_batch_norm and self.device.type == "cpu":
             raise UserError("--sync-batch-norm needs GPUs: PyTorch has no SyncBatchNorm on CPU. Leave it out.")
 

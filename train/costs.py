@@ -4,7 +4,7 @@ import contextlib
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -31,14 +31,16 @@ from sigphi.train.arguments import (
     VlmTrainingArguments,
     choose_attn_implementation,
 )
+from sigphi.train.averaging import averaged_tensors
 from sigphi.train.collators import IGNORE_INDEX
 from sigphi.train.errors import UserError
 from sigphi.train.losses import global_sigmoid_loss
 from sigphi.train.memory import MemoryMeter, Speed, fake_mode, materialize
+from sigphi.train.muon import Muon
 from sigphi.train.qlora import build_vlm
 from sigphi.train.siglip import whiten_text_projection
 from sigphi.train.text_tower import TEXTS_A_BATCH, TOKENS_A_BATCH
-from sigphi.train.trainers import tower_inputs
+from sigphi.train.trainers import SiglipTrainer, tower_inputs
 
 # What `encode_images` takes at once, and the longest answer that an evaluation asks for.
 ENCODED_AT_ONCE = 256
@@ -328,6 +330,13 @@ class _Run:
         if arguments.gradient_checkpointing:
             model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
 
+    def add_weights(self, kind: str, tensors: Iterable[torch.Tensor]) -> None:
+        """A copy of `tensors` that lies on the device in all moments."""
+        with self.meter:
+            self.meter.kind = kind
+            self.copies = [torch.empty_like(tensor) for tensor in tensors]
+        self.weights = dict(self.meter.alive)
+
     def fake(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A tensor without data on the device."""
         with self.mode:
@@ -436,8 +445,9 @@ def optimizer_of(arguments: TrainingArguments, model: Any, trained: list[nn.Para
     Raises:
         UserError: unless it is one of torch's own.
     """
-    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    if not optimizer_class.__module__.startswith("torch.optim"):
+    trainer = SiglipTrainer if isinstance(arguments, SiglipTrainingArguments) else Trainer
+    optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    if not issubclass(optimizer_class, Muon) and not optimizer_class.__module__.startswith("torch.optim"):
         raise UserError(
             f"--optim {arguments.optim.value} does not run without data, so that its memory cannot be planned; plan "
             f"with one of torch, such as adamw_torch_fused, which needs 8 bytes for each trained parameter."
@@ -513,6 +523,8 @@ def _run_encoder(model: Any, setup: SiglipSetup, batch: SiglipBatch, speed: Spee
     if arguments.channels_last:
         model.vision_model.to(memory_format=torch.channels_last)
     run = _Run(model, arguments, _encoder_part, speed)
+    if arguments.ema_decay > 0:
+        run.add_weights("average of the trained weights", averaged_tensors(model).values())
     vision: Any = setup.encoder.vision_config
     hidden_size = model.text_model.projection.in_features
 

@@ -22,6 +22,7 @@ def parse_arguments(
     argv: list[str] | None,
     program: str,
     positionals: Sequence[tuple[str, str | None, str]] = (),
+    recipes: Sequence[Path] = (),
 ) -> tuple[Any, ...]:
     """Read the command line into one instance of each dataclass.
 
@@ -41,6 +42,8 @@ def parse_arguments(
         positionals (`Sequence[tuple]`, *optional*):
             The arguments without a flag, each as its name, `nargs` of argparse (`None` for one that must be given),
             and help text.
+        recipes (`Sequence[Path]`, *optional*):
+            Files like those for `--config`, which `--recipe NAME` chooses by their names without suffix.
 
     Returns:
         `tuple`: the instances, in the order of `dataclass_types`, then the values of `positionals`.
@@ -64,12 +67,17 @@ def parse_arguments(
     ```
     """
     words = sys.argv[1:] if argv is None else argv
-    config_file = CommandParser(program, [], add_help=False).parse_known_args(words)[0].config
-    parser = CommandParser(program, dataclass_types)
+    files = {path.stem: path for path in recipes}
+    given = CommandParser(program, [], list(files), add_help=False).parse_known_args(words)[0]
+    parser = CommandParser(program, dataclass_types, list(files))
     for name, nargs, help_text in positionals:
         parser.add_argument(name, nargs=nargs, help=help_text)
-    if config_file is not None:
-        parser.read_config(Path(config_file))
+    if files and given.recipe is not None and given.config is not None:
+        raise UserError("--recipe and --config both give defaults: leave one of them out.")
+    if given.config is not None:
+        parser.read_config(Path(given.config))
+    elif files and given.recipe is not None:
+        parser.read_config(files[given.recipe])
     namespace = parser.parse_words(words)
     return parser.dataclasses_of(namespace) + tuple(getattr(namespace, name) for name, _, _ in positionals)
 
@@ -80,14 +88,19 @@ class CommandParser(HfArgumentParser):
     Args:
         program (`str`): what the user typed to get here, such as `"sigphi train-siglip"`.
         dataclass_types (`Sequence[type]`): the dataclasses whose fields become options.
+        recipes (`Sequence[str]`, *optional*): the names that `--recipe` takes; without any there is no such option.
         kwargs: passed on to [`argparse.ArgumentParser`].
     """
 
-    def __init__(self, program: str, dataclass_types: Sequence[type], **kwargs: Any) -> None:
+    def __init__(
+        self, program: str, dataclass_types: Sequence[type], recipes: Sequence[str] = (), **kwargs: Any
+    ) -> None:
         # The default usage line lists every option, and a TrainingArguments has 130.
         usage = "%(prog)s [options]"
         super().__init__(prog=program, usage=usage, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
         self.add_argument("--config", metavar="FILE.yaml", help="YAML file of defaults for the options below")
+        if recipes:
+            self.add_argument("--recipe", choices=recipes, help="defaults that were tried, instead of a --config file")
         self.dataclass_types = list(dataclass_types)
         self._add_fields()
 
@@ -134,7 +147,7 @@ class CommandParser(HfArgumentParser):
         return {
             flag.lstrip("-").replace("-", "_"): action
             for flag, action in self._option_string_actions.items()
-            if flag.startswith("--") and action.nargs != 0 and action.dest != "config"
+            if flag.startswith("--") and action.nargs != 0 and action.dest not in ("config", "recipe")
         }
 
     def parse_words(self, words: list[str]) -> argparse.Namespace:

@@ -42,6 +42,7 @@ from sigphi.train.plan_report import (
     memory_text,
     time_text,
 )
+from sigphi.train.siglip import RECIPES
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +190,10 @@ def main(argv: list[str] | None = None) -> None:
 def plan(stage: str, words: list[str]) -> None:
     """Plan a training of `stage` with the options in `words`; errors as those of [`main`]."""
     types, read = STAGES[stage]
-    model, data, training, options = parse_arguments([*types, PlanArguments], words, f"sigphi plan {stage}")
+    recipes = RECIPES if stage == "siglip" else ()
+    model, data, training, options = parse_arguments(
+        [*types, PlanArguments], words, f"sigphi plan {stage}", recipes=recipes
+    )
     if training.deepspeed or training.fsdp or training.torch_compile:
         logger.warning("planned as without --deepspeed, --fsdp and --torch-compile, which plan knows nothing about")
     errors = 0

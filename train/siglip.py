@@ -1,6 +1,7 @@
 """Stage 1: train the SigLIP encoder.
 
 sigphi train-siglip --input-csv qa.csv --output-dir outputs/siglip
+sigphi train-siglip --recipe cpu-small --input-csv qa.csv --output-dir outputs/siglip
 accelerate launch -m sigphi.train.siglip --input-csv qa.csv --output-dir outputs/siglip
 torchrun --nproc_per_node 2 -m sigphi.train.siglip --use_cpu --input-csv qa.csv --output-dir outputs/siglip
 """
@@ -43,6 +44,11 @@ from sigphi.train.text_tower import cached_text_features, text_tower_of, token_i
 from sigphi.train.trainers import SiglipTrainer
 
 logger = logging.getLogger(__name__)
+
+RECIPES = tuple(
+    Path(__file__).parent / "recipes" / f"{name}.yaml"
+    for name in ("cpu-small", "resnet50-32", "resnet50-224-pretrained")
+)
 
 
 def build_encoder(
@@ -145,6 +151,7 @@ def _vision_config(arguments: SiglipModelArguments) -> SiglipResNetVisionConfig:
             embedding_size=arguments.embedding_size,
             hidden_sizes=arguments.hidden_sizes,
             depths=arguments.depths,
+            downsample_in_first_stage=arguments.downsample_in_first_stage,
             **shape,
         )
     pretrained = read_config(arguments.vision_model, "--vision-model", "resnet", SiglipResNetVisionConfig.model_type)
@@ -277,7 +284,10 @@ def zero_shot_metric(
 def main(argv: list[str] | None = None) -> None:
     """`sigphi train-siglip`: options, data, model, training, artifact, evaluation."""
     model_arguments, data_arguments, arguments = parse_arguments(
-        [SiglipModelArguments, EncoderDataArguments, SiglipTrainingArguments], argv, "sigphi train-siglip"
+        [SiglipModelArguments, EncoderDataArguments, SiglipTrainingArguments],
+        argv,
+        "sigphi train-siglip",
+        recipes=RECIPES,
     )
     check_evaluation(data_arguments, arguments)
     config, processor = encoder_config(model_arguments), encoder_processor(model_arguments)
@@ -323,7 +333,7 @@ def _evaluate(folder: str, source: datasets.DatasetDict, arguments: EncoderDataA
     return evaluate_folder(folder, source["eval"], {"probe": f"{arguments.images}, those of training"}, probe=probe)
 
 
-__all__ = ["build_encoder", "complete_encoder", "encoder_config", "encoder_processor", "main"]
+__all__ = ["RECIPES", "build_encoder", "complete_encoder", "encoder_config", "encoder_processor", "main"]
 
 if __name__ == "__main__":
     run_command(main, "python -m sigphi.train.siglip")

@@ -20,8 +20,10 @@ from sigphi.modeling.modeling_siglip_resnet import keep_batch_norm_statistics
 from sigphi.modeling.modeling_sigphi import LORA_FOLDER, LORA_WEIGHTS
 from sigphi.train.arguments import SiglipTrainingArguments, check_launch
 from sigphi.train.augmentation import cut_out, jitter_color, shift_and_flip, uniform_draws
+from sigphi.train.averaging import WeightAverage, check_averaged
 from sigphi.train.collators import normalize
 from sigphi.train.losses import global_sigmoid_loss
+from sigphi.train.muon import Muon
 
 
 class _ArtifactTrainer(Trainer):
@@ -117,6 +119,9 @@ class SiglipTrainer(_ArtifactTrainer):
     processor of `processing_class`, and by `image_index`. Those of floats are taken as they are, so that
     augmentation has to be off.
 
+    With `args.ema_decay` the Trainer keeps an average of the weights, see [`WeightAverage`]: it is evaluated, and is
+    the model of each checkpoint and the one that training leaves.
+
     Raises:
         UserError: if the processes of a job do not train together, see [`check_launch`].
     """
@@ -128,11 +133,20 @@ class SiglipTrainer(_ArtifactTrainer):
         # The loss is the mean of one batch, whatever the model's forward pass accepts: the Trainer divides it by the
         # number of accumulated batches.
         self.model_accepts_loss_kwargs = False
+        self.averaging = WeightAverage(self.args.ema_decay) if self.args.ema_decay > 0 else None
+        if self.averaging is not None:
+            self.add_callback(self.averaging)
 
     def learning_rate_of(self, name: str) -> float:
         """Temperature and bias are two numbers on a scale of ten; at the rate of the weights they would not move."""
         is_logit = name in ("logit_scale", "logit_bias")
         return self.args.logit_learning_rate if is_logit else self.args.learning_rate
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """As the Trainer's, or [`Muon`] with the options of its AdamW."""
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return (Muon if args.muon else optimizer_class), options
 
     def compute_loss(
         self,
@@ -178,6 +192,40 @@ class SiglipTrainer(_ArtifactTrainer):
                 product = sum((out * grad).sum() for out, grad in zip(outputs, gradients, strict=True))
                 self.accelerator.backward(product / self.current_gradient_accumulation_steps)
         return loss.detach() / self.current_gradient_accumulation_steps
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As the Trainer's; of the average of the weights, where one is kept."""
+        with self._averaged():
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The model is the average of the weights, where one is kept; a checkpoint has the weights themselves too."""
+        with self._averaged():
+            super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.averaging is not None and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            self.averaging.save_live_weights(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As the Trainer's; where an average is kept, the weights themselves follow when training begins."""
+        check_averaged(Path(resume_from_checkpoint), self.args.ema_decay)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.averaging is not None:
+            self.averaging.resume(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """As the Trainer's; the model of a checkpoint is an average already."""
+        if self.averaging is not None:
+            self.averaging.stop()
+        super()._load_best_model()
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.averaging is None else self.averaging.applied()
 
     def _global_loss(self, tensors: Sequence[torch.Tensor], inputs: dict[str, Any]) -> torch.Tensor:
         """Of image embeddings, text embeddings, t' and b, by the options."""
