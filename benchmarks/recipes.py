@@ -1,0 +1,165 @@
+"""A recipe of `sigphi train-siglip`, run and scored on the 10,000 test images; writes train/recipes/NAME.json.
+
+    python benchmarks/recipes.py cpu-small --processes 2 --images ../shared/data/cifar10 \\
+        --text-model runs/cifar10/base --input-csv runs/cifar10/train.csv --test-csv runs/cifar10/test.csv \\
+        --output-dir runs/cpu-small
+
+Several processes share the batch of the recipe. A folder that holds a trained encoder is not trained again, and what
+was evaluated on the test images is not evaluated again. Seconds are the Trainer's own, with its evaluations, without
+loading. The share of the peak compares the operations of all steps with those that the device does in the same time
+multiplying matrices in bfloat16.
+"""
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sigphi.train.arguments import EncoderDataArguments, SiglipModelArguments, SiglipTrainingArguments
+from sigphi.train.machine import measured_speed
+from sigphi.train.parser import parse_arguments
+from sigphi.train.plan_cases import read_siglip_case
+from sigphi.train.records import EVAL_RESULTS, LOG_HISTORY, environment, write_json
+from sigphi.train.siglip import RECIPES
+
+ROOT = Path(__file__).parent.parent
+COMMIT = "commit.txt"
+HELD_OUT, TEST = "held_out_results.json", "test_results.json"
+
+# What a recipe has to reach on CIFAR-10's test images, and the seconds that it may take.
+TARGETS = {
+    "cpu-small": {"zero_shot_top1": 0.88, "train_seconds": 2700.0},
+    "resnet50-32": {"zero_shot_top1": 0.94, "train_seconds": 600.0},
+}
+
+logger = logging.getLogger(__name__)
+
+
+def commit() -> str:
+    """The checked-out commit, with `-dirty` behind it where files differ from it."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+
+
+def training_words(options: argparse.Namespace) -> list[str]:
+    """The options of `sigphi train-siglip`; the processes share the batch of the recipe."""
+    words = ["--recipe", options.recipe, "--input-csv", options.input_csv, "--images", options.images]
+    words += ["--output-dir", str(options.output_dir)]
+    words += ["--text-model", options.text_model] if options.text_model else []
+    if options.processes > 1:
+        words += ["--batch-size", str(parsed(words)[2].per_device_train_batch_size // options.processes)]
+    return words
+
+
+def parsed(words: list[str]) -> tuple[Any, ...]:
+    """The options of the model, of the data and of the training."""
+    types = [SiglipModelArguments, EncoderDataArguments, SiglipTrainingArguments]
+    return parse_arguments(types, words, "sigphi train-siglip", recipes=RECIPES)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Unless the folder holds a trained encoder."""
+    folder = options.output_dir
+    if (folder / LOG_HISTORY).exists():
+        return
+    command = [sys.executable, "-m", "sigphi.train.siglip"]
+    if options.processes > 1:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes)]
+        on_cpu = [] if torch.accelerator.is_available() else ["--use_cpu"]
+        command = [sys.executable, "-m", *launcher, "-m", "sigphi.train.siglip", *on_cpu]
+    subprocess.run([*command, *training_words(options)], check=True)
+    (folder / COMMIT).write_text(commit(), encoding="utf-8")
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The figures of the held-out train images, and those of the test images."""
+    folder = options.output_dir
+    results, held_out, test = (folder / name for name in (EVAL_RESULTS, HELD_OUT, TEST))
+    if not test.exists():
+        held_out.write_text(results.read_text(encoding="utf-8"), encoding="utf-8")
+        words = ["--input-csv", options.test_csv, "--images", options.images, "--batch-size", "512"]
+        subprocess.run([sys.executable, "-m", "sigphi", "evaluate", str(folder), *words], check=True)
+        test.write_text(results.read_text(encoding="utf-8"), encoding="utf-8")
+    return {file.stem.removesuffix("_results"): json.loads(file.read_text("utf-8")) for file in (held_out, test)}
+
+
+def share_of_peak(flops: float, seconds: float, peak: float) -> float:
+    """
+    The share of a device's peak that a training used.
+
+    Args:
+        flops (`float`): operations of all its steps.
+        seconds (`float`): that it took.
+        peak (`float`): operations a second that the device can do.
+    """
+    return flops / seconds / peak
+
+
+def is_met(name: str, top1: float, seconds: float) -> bool | None:
+    """Whether a recipe reached its [`TARGETS`]; `None` where it has none."""
+    target = TARGETS.get(name)
+    return None if target is None else top1 >= target["zero_shot_top1"] and seconds <= target["train_seconds"]
+
+
+def facts_of_training(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds, steps, images a second, the share of the peak, and the accuracy by epoch."""
+    history = json.loads((options.output_dir / LOG_HISTORY).read_text(encoding="utf-8"))
+    end = next(entry for entry in history if "train_runtime" in entry)
+    model, data, training = parsed(training_words(options))
+    case = read_siglip_case(model, data, training)
+    peak = measured_speed(training.device, torch.bfloat16).flops
+    flops = case.costs().flops * case.mean_share * end["step"]
+    key = "eval_zero_shot_top1"
+    return {
+        "processes": options.processes,
+        "batch_size": options.processes * training.per_device_train_batch_size,
+        "steps": end["step"],
+        "epochs": training.num_train_epochs,
+        "train_seconds": end["train_runtime"],
+        "images_per_second": end["train_samples_per_second"],
+        "matmul_peak_tflops": peak / 1e12,
+        "share_of_peak": share_of_peak(options.processes * flops, end["train_runtime"], peak),
+        "held_out_zero_shot_top1_by_epoch": [entry[key] for entry in history if key in entry],
+    }
+
+
+def main() -> None:
+    """Run what is missing, and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", choices=[path.stem for path in RECIPES])
+    parser.add_argument("--images", required=True, help="CIFAR-10: a folder or Hub id")
+    parser.add_argument("--input-csv", required=True, help="questions about the train images")
+    parser.add_argument("--test-csv", required=True, help="questions about the test images")
+    parser.add_argument("--text-model", help="the text tower; by default that of train-siglip")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--output-dir", type=Path, required=True)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    train(options)
+    results, training = evaluate(options), facts_of_training(options)
+    top1 = results["test"]["zero_shot_top1"]
+    facts = {
+        "recipe": options.recipe,
+        "commit": commit(),
+        "trained_at_commit": (options.output_dir / COMMIT).read_text(encoding="utf-8").strip(),
+        "images": "JPEG copy of CIFAR-10 (quality about 75); figures are a point or two below those on the original",
+        "cores": os.cpu_count(),
+        "environment": environment(),
+        "training": training,
+        "target": TARGETS.get(options.recipe),
+        "is_met": is_met(options.recipe, top1, training["train_seconds"]),
+        **results,
+    }
+    target = ROOT / "train" / "recipes" / f"{options.recipe}.json"
+    write_json(target, facts)
+    logger.info("%s: zero_shot_top1 %.4f after %.0f s", target, top1, training["train_seconds"])
+
+
+if __name__ == "__main__":
+    main()
