@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -20,6 +21,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, cached_file, is_peft_available
 from transformers.utils.generic import can_return_tuple
@@ -35,6 +37,10 @@ LORA_FOLDER = "lora"
 LORA_WEIGHTS = "adapter_model.safetensors"
 # Where and how a repository is read.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+# Those that take a mask of which token sees which; FlashAttention-2 knows only whole sequences one after the other.
+SEGMENT_ATTENTION = ("eager", "sdpa", "flex_attention")
+# Logits of the loss that are in memory at a time: in float32 with their gradients a few hundred MB.
+LOGITS_AT_ONCE = 2**25
 
 
 @dataclass
@@ -282,9 +288,22 @@ class SigPhiModel(SigPhiPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
+        prefix_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> SigPhiModelOutputWithPast:
         """
+        A row may hold many texts that do not see each other, and texts about one image may share what precedes them:
+        each token belongs to a segment (`segment_ids`), and sees of the tokens before it those of its own segment and
+        those of one other (`prefix_ids`). A row of two images, the first with two questions:
+
+        ```
+        tokens        <image> <image>  q1 q1 a1  q2 a2 a2  <image> <image>  q3 a3  padding
+        segment_ids      0       0      1  1  1   2  2  2     3       3      4  4    -1
+        prefix_ids       0       0      0  0  0   0  0  0     3       3      3  3    -1
+        position_ids     0       1      2  3  4   2  3  4     0       1      2  3     0
+        ```
+
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): tokens, with `config.num_image_tokens`
                 placeholders (`config.image_token_id`) for each image.
@@ -293,10 +312,15 @@ class SigPhiModel(SigPhiPreTrainedModel):
                 the result of [`~SigPhiModel.get_vision_features`], instead of `pixel_values`.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*): instead of
                 `input_ids`.
+            segment_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): the segment of each token. They
+                come with `prefix_ids` and `position_ids`, and without `attention_mask` and `past_key_values`.
+            prefix_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): the segment that each token sees
+                beside its own.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, and if the number of
-                placeholders is not the number of soft tokens.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; if the number of placeholders
+                is not the number of soft tokens; and if `segment_ids` come without what belongs to them, or with an
+                attention implementation that has no place for them.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
@@ -316,6 +340,13 @@ class SigPhiModel(SigPhiPreTrainedModel):
             _check_placeholders(placeholders, soft_tokens)
         if soft_tokens is not None:
             inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), soft_tokens)
+        if segment_ids is not None:
+            if prefix_ids is None or position_ids is None or attention_mask is not None or past_key_values is not None:
+                raise ValueError(
+                    "`segment_ids` come with `prefix_ids` and `position_ids`, and without `attention_mask` and "
+                    "`past_key_values`."
+                )
+            attention_mask = self.segment_mask(inputs_embeds, segment_ids, prefix_ids)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -330,6 +361,30 @@ class SigPhiModel(SigPhiPreTrainedModel):
             attentions=outputs.attentions,
             image_hidden_states=soft_tokens,
         )
+
+    def segment_mask(self, inputs_embeds: torch.Tensor, segment_ids: torch.Tensor, prefix_ids: torch.Tensor) -> Any:
+        """
+        Which token sees which, as the language model's attention implementation wants it; arguments as of
+        [`~SigPhiModel.forward`].
+
+        Returns:
+            `torch.Tensor` of shape `(batch, 1, length, length)`, or a `BlockMask` of that shape for FlexAttention.
+
+        Raises:
+            ValueError: if the attention implementation has no place for such a mask.
+        """
+        config: Any = self.language_model.config
+        if config._attn_implementation not in SEGMENT_ATTENTION:
+            raise ValueError(
+                f"`segment_ids` do not go with attn_implementation={config._attn_implementation!r}, which would "
+                f"ignore them: use one of {', '.join(SEGMENT_ATTENTION)}."
+            )
+
+        def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            segment = segment_ids[row, key]
+            return (segment == segment_ids[row, query]) | (segment == prefix_ids[row, query])
+
+        return create_causal_mask(config, inputs_embeds, None, None, and_mask_function=sees)
 
 
 def _check_placeholders(placeholders: torch.Tensor, soft_tokens: torch.Tensor | None) -> None:
@@ -448,9 +503,10 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
 
         Args:
             labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): the token ids of the supervised
-                positions, -100 elsewhere. Only these positions reach the head in training.
+                positions, -100 elsewhere. Only these positions reach the head for the loss, and in training mode
+                there are no other logits.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to `0`): logits only for the last so many
-                positions, or for these; 0 is all.
+                positions, or for these; 0 is all, and a tensor without elements none.
 
         Raises:
             ValueError: if `labels` has no supervised token, and as [`SigPhiModel.forward`].
@@ -492,13 +548,28 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
                 f"`labels` of shape {tuple(labels.shape)} has no supervised token (all are -100): there is no answer "
                 f"to learn from in this batch."
             )
-        logits = self.lm_head(hidden_states[:, :-1][supervised])  # (supervised, vocab_size)
+        states = hidden_states[:, :-1][supervised]  # (supervised, hidden_size)
+        num_items = targets.numel() if num_items_in_batch is None else num_items_in_batch
+        at_once = max(LOGITS_AT_ONCE // self.lm_head.out_features, 1)
+        if len(states) <= at_once:
+            return self._summed_loss(states, targets, num_items)
+        # Made again for the backward pass, the logits of one part are all that is in memory.
+        parts = zip(states.split(at_once), targets.split(at_once), strict=True)
+        return torch.stack(
+            [checkpoint(self._summed_loss, *part, num_items, use_reentrant=False) for part in parts]
+        ).sum()
+
+    def _summed_loss(
+        self, hidden_states: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int
+    ) -> torch.Tensor:
+        """The summed cross-entropy of some positions, divided by the number of all."""
+        logits = self.lm_head(hidden_states)  # (positions, vocab_size)
         return self.loss_function(
             logits=logits,
             labels=None,
             shift_labels=targets,
             vocab_size=logits.shape[-1],
-            num_items_in_batch=num_items_in_batch,
+            num_items_in_batch=num_items,
         )
 
     # Adapter form ------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from sigphi.train.muon import is_kernel
 from sigphi.train.qlora import build_vlm, load_language_model
 
 PHI_2_FOLDER = Path(__file__).parents[2] / "shared" / "models" / "phi-2"
-BATCH = VlmBatch(rows=6, length=20, supervised=30, longest_prompt=12)
+BATCH = VlmBatch(rows=6, length=20, images=6, supervised=30, longest_prompt=12, longest=20)
 
 
 @pytest.fixture

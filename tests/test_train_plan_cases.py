@@ -95,7 +95,7 @@ def steps_of(trainer: Any) -> int:
     ],
 )
 def test_a_vlm_case_has_the_rows_and_steps_of_its_training(vlm_words, trainer_of, options):
-    options = ["--bits", "16", *options]
+    options = ["--bits", "16", "--packing", "off", *options]
     case, trainer = vlm_case(vlm_words, *options), trainer_of(vlm, [*vlm_words, *options])
     assert (case.num_train, case.num_eval) == (len(trainer.train_dataset), len(trainer.eval_dataset))
     assert case.steps == steps_of(trainer)
@@ -110,6 +110,35 @@ def test_a_vlm_case_has_the_rows_and_steps_of_its_training(vlm_words, trainer_of
     padded = sum(batch["attention_mask"].numel() for batch in batches)
     assert case.padding == pytest.approx(1 - tokens / padded, abs=0.1)  # another order of the rows
     assert case.caches_features == ("image_features" in batches[0])
+
+
+def test_a_packed_vlm_case_has_the_batches_of_its_training(vlm_words, trainer_of):
+    options = ["--bits", "16", "--tokens-per-batch", "400", "--tokens-per-row", "128", "--num-epochs", "2"]
+    case, trainer = vlm_case(vlm_words, *options), trainer_of(vlm, [*vlm_words, *options])
+    assert case.steps == steps_of(trainer)
+    batches = list(trainer.get_train_dataloader())
+    shapes = [(*batch["input_ids"].shape, len(batch["image_features"])) for batch in batches]
+    assert [tuple(shape) for shape in case.shapes[:, :3].tolist()] == shapes
+    assert max(rows * length for rows, length, _ in shapes) == case.batch.rows * case.batch.length <= 400
+    assert case.batch.images == max(images for _, _, images in shapes)
+    assert case.batch.supervised == max(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
+    real = sum(int((batch["segment_ids"] >= 0).sum()) for batch in batches)
+    assert case.padding == pytest.approx(1 - real / sum(rows * length for rows, length, _ in shapes))
+    halved = case.changed({"tokens_per_batch": 200})
+    assert halved.batch.rows * halved.batch.length <= 200 and halved.steps > 1.9 * case.steps
+
+
+def test_packed_batches_by_number_have_fewer_positions_than_padded_ones(vlm_words, trainer_of):
+    options = ["--bits", "16", "--batch-size", "16"]
+    case, trainer = vlm_case(vlm_words, *options), trainer_of(vlm, [*vlm_words, *options])
+    assert case.steps == steps_of(trainer)
+    padded = vlm_case(vlm_words, *options, "--packing", "off")
+    assert case.packs and not padded.packs
+    assert case.shapes[:, :2].prod(1).sum() < 0.9 * padded.shapes[:, :2].prod(1).sum()
+    batches = list(trainer.get_train_dataloader())
+    positions = sum(batch["input_ids"].numel() for batch in batches)
+    assert case.shapes[:, :2].prod(1).sum() == pytest.approx(positions, rel=0.1)  # another order of the rows
+    assert case.costs().flops < padded.costs().flops
 
 
 def test_features_are_cached_as_the_options_say(vlm_words):

@@ -17,6 +17,8 @@ from sigphi.train.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flex_attention")
+
 
 @dataclass
 class QaArguments:
@@ -215,7 +217,8 @@ class VlmModelArguments:
     lora_alpha: int = HfArg(help="LoRA scale numerator; the scale is alpha / sqrt(r).", default=16)
     lora_dropout: float = HfArg(help="Dropout before the LoRA matrices.", default=0.05)
     attn_implementation: str = HfArg(
-        help="'auto' (FlashAttention-2 where it can run, else sdpa), 'eager', 'sdpa', 'flash_attention_2'.",
+        help="'auto' (sdpa with --packing; else FlashAttention-2 where it can run, else sdpa), 'eager', 'sdpa', "
+        "'flash_attention_2' (no packing), 'flex_attention' (CUDA).",
         default="auto",
     )
     image_cache: str = HfArg(
@@ -236,7 +239,7 @@ class VlmModelArguments:
         one_of("--image-cache", self.image_cache, ("on", "off"))
         if self.image_cache == "off" and self.image_cache_dir is not None:
             raise UserError("--image-cache-dir has no use with --image-cache off: leave one of them out.")
-        one_of("--attn-implementation", self.attn_implementation, ("auto", "eager", "sdpa", "flash_attention_2"))
+        one_of("--attn-implementation", self.attn_implementation, ATTENTION)
         if self.tuning == "full" and self.bits != 16:
             raise UserError(f"--tuning full trains all weights, which {self.bits}-bit ones cannot be: add --bits 16.")
         if self.bits < 16 and not is_bitsandbytes_available():
@@ -391,6 +394,17 @@ class VlmTrainingArguments(SigphiTrainingArguments):
     per_device_train_batch_size: int = HfArg(
         aliases=["--batch-size", "--batch_size"], help="Questions in a step, per device.", default=32
     )
+    packing: str = HfArg(
+        help="Several questions a row instead of padding, none of which sees another: 'auto' (where the language "
+        "model's attention can keep them apart), 'on', 'off'.",
+        default="auto",
+    )
+    tokens_per_row: int = HfArg(help="Longest packed row, where no question is longer.", default=512)
+    tokens_per_batch: int = HfArg(
+        help="Positions in a step at most, per device, in place of --batch-size: packed rows of images with all their "
+        "questions, which share the image's tokens. 0: by --batch-size.",
+        default=0,
+    )
     per_device_eval_batch_size: int = HfArg(help="Questions in an evaluation step, per device.", default=64)
     num_train_epochs: float = HfArg(aliases=["--num-epochs", "--num_epochs"], help="Passes over the data.", default=1)
     learning_rate: float = HfArg(help="Peak learning rate of LoRA, or of the language model.", default=2e-4)
@@ -412,6 +426,13 @@ class VlmTrainingArguments(SigphiTrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        one_of("--packing", self.packing, ("auto", "on", "off"))
+        if self.tokens_per_row < 1:
+            raise UserError(f"--tokens-per-row must be 1 or more, got {self.tokens_per_row}.")
+        if self.tokens_per_batch < 0:
+            raise UserError(f"--tokens-per-batch must be 0 (off) or more, got {self.tokens_per_batch}.")
+        if self.tokens_per_batch > 0 and self.packing == "off":
+            raise UserError("--tokens-per-batch counts packed rows, and --packing is off: leave one of them out.")
         if self.eval_samples < 0:
             raise UserError(f"--eval-samples must be 0 or more, got {self.eval_samples}.")
         if self.stop_if_blind and self.eval_samples == 0:
@@ -440,14 +461,19 @@ def check_evaluation(data: DataArguments, training: TrainingArguments) -> None:
         )
 
 
-def choose_attn_implementation(requested: str) -> str:
+def choose_attn_implementation(requested: str, packs: bool = False) -> str:
     """
     The attention implementation for `--attn-implementation`.
 
-    `"auto"` is FlashAttention-2 where a CUDA device and the package are present, else `"sdpa"`; the choice is logged.
+    `"auto"` is `"sdpa"` for packed rows; else FlashAttention-2 where a CUDA device and the package are present, else
+    `"sdpa"`. The choice is logged.
+
+    Args:
+        requested (`str`): the option.
+        packs (`bool`, *optional*, defaults to `False`): whether rows hold several questions, see [`choose_packing`].
 
     Raises:
-        UserError: if FlashAttention-2 is requested where it cannot run.
+        UserError: if FlashAttention-2 or FlexAttention is requested where it cannot run.
     """
     flash_runs = is_flash_attn_2_available() and torch.cuda.is_available()
     if requested == "flash_attention_2" and not flash_runs:
@@ -455,9 +481,14 @@ def choose_attn_implementation(requested: str) -> str:
             "--attn-implementation flash_attention_2 needs a CUDA device and the package: pip install flash-attn "
             "(or use --attn-implementation auto)."
         )
+    if requested == "flex_attention" and not torch.cuda.is_available():
+        raise UserError(
+            "--attn-implementation flex_attention needs a CUDA device: on a CPU it cannot train (use "
+            "--attn-implementation auto)."
+        )
     choice = requested
     if requested == "auto":
-        choice = "flash_attention_2" if flash_runs else "sdpa"
+        choice = "flash_attention_2" if flash_runs and not packs else "sdpa"
     logger.info("attention implementation: %s (requested %s)", choice, requested)
     return choice
 
@@ -485,6 +516,7 @@ def check_launch(arguments: TrainingArguments) -> None:
 
 
 __all__ = [
+    "ATTENTION",
     "DataArguments",
     "QaArguments",
     "SigphiTrainingArguments",

@@ -123,21 +123,28 @@ class VlmCollator:
         Raises:
             ValueError: if a row has no answer tokens; it names the row's position.
         """
-        for position, row in enumerate(rows):
-            if not row["answer_ids"]:
-                raise ValueError(f"Row {position} of the batch has no answer tokens, so nothing in it is supervised.")
+        self.check_answers(rows)
         sequences = [torch.tensor(row["prompt_ids"] + row["answer_ids"]) for row in rows]
         labels = [torch.tensor([IGNORE_INDEX] * len(row["prompt_ids"]) + row["answer_ids"]) for row in rows]
-        indices = [row["image_index"] for row in rows]
         batch = {
             "input_ids": pad_sequence(sequences, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in sequences], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         }
+        return batch | self.image_inputs([row["image_index"] for row in rows])
+
+    def check_answers(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Raise a `ValueError` naming the position of the first row without answer tokens."""
+        for position, row in enumerate(rows):
+            if not row["answer_ids"]:
+                raise ValueError(f"Row {position} of the batch has no answer tokens, so nothing in it is supervised.")
+
+    def image_inputs(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """`pixel_values` or `image_features` of the images at `indices`."""
         if self.image_features is not None:
-            return batch | {"image_features": self.image_features[indices]}
+            return {"image_features": self.image_features[list(indices)]}
         assert self.images is not None, "a collator has `images` or `image_features`"
-        return batch | {"pixel_values": preprocess(self.processor, self.images[indices])}
+        return {"pixel_values": preprocess(self.processor, self.images[list(indices)])}
 
 
 def preprocess(processor: Any, images: torch.Tensor) -> torch.Tensor:

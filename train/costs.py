@@ -100,21 +100,35 @@ class VlmBatch:
     The size of a batch of questions.
 
     Args:
-        rows (`int`): questions.
+        rows (`int`): rows, each a question or a packed one.
         length (`int`): tokens of the longest, to which all are padded.
+        images (`int`): images of all rows.
         supervised (`int`): answer tokens of all rows.
         longest_prompt (`int`): tokens of the longest question of the whole set.
+        longest (`int`): tokens of the longest question of the whole set with its answer.
     """
 
     rows: int
     length: int
+    images: int
     supervised: int
     longest_prompt: int
+    longest: int
 
 
 @dataclass(frozen=True)
 class VlmSetup:
-    """What the costs of training a VLM depend on beside the batch; `encoder` and `text` are configs of its parts."""
+    """
+    What the costs of training a VLM depend on beside the batch.
+
+    Args:
+        model, training: the options.
+        encoder, text: the configs of the parts.
+        tokenizer: the language model's, prepared.
+        caches_features (`bool`): whether the image tower runs once an image.
+        evaluates (`bool`): whether there are evaluations.
+        packs (`bool`, *optional*, defaults to `False`): whether rows hold several questions.
+    """
 
     model: VlmModelArguments
     training: VlmTrainingArguments
@@ -123,6 +137,7 @@ class VlmSetup:
     tokenizer: PreTrainedTokenizerBase
     caches_features: bool
     evaluates: bool
+    packs: bool = False
 
 
 @dataclass(frozen=True)
@@ -249,7 +264,7 @@ def _meta_vlm(setup: VlmSetup) -> SigPhiForConditionalGeneration:
         language_model = AutoModelForCausalLM.from_config(
             setup.text,
             dtype=torch.float32 if arguments.tuning == "full" else dtype,
-            attn_implementation=_attention(arguments),
+            attn_implementation=_attention(arguments, setup.packs),
         )
         if arguments.bits < 16:
             _quantize(language_model, arguments.bits, dtype)
@@ -260,10 +275,13 @@ def _meta_vlm(setup: VlmSetup) -> SigPhiForConditionalGeneration:
     return model
 
 
-def _attention(arguments: VlmModelArguments) -> str:
-    """FlashAttention does not run without data; the fused kernels of sdpa keep no matrix of scores either."""
-    choice = choose_attn_implementation(arguments.attn_implementation)
-    return "sdpa" if choice == "flash_attention_2" else choice
+def _attention(arguments: VlmModelArguments, packs: bool) -> str:
+    """
+    Neither FlashAttention nor FlexAttention runs without data; the fused kernels of sdpa keep no matrix of scores
+    either.
+    """
+    choice = choose_attn_implementation(arguments.attn_implementation, packs)
+    return "sdpa" if choice in ("flash_attention_2", "flex_attention") else choice
 
 
 def _quantize(language_model: Any, bits: int, dtype: torch.dtype) -> None:
@@ -468,18 +486,23 @@ def _run_vlm(model: Any, setup: VlmSetup, batch: VlmBatch, speed: Speed | None) 
             return {"image_features": run.fake(rows, *features.shape[1:], dtype=features.dtype)}
         return {"pixel_values": run.fake(rows, *pixels)}
 
-    model.lm_head.register_forward_pre_hook(lambda *_: setattr(run.meter, "kind", "logits and loss"))
-    run.train_step(lambda: ids.supervised(batch) | image(batch.rows), _layers_of(model.model.language_model))
+    def begin_loss(*_: Any) -> None:
+        if run.meter.kind == "activations":  # in the backward pass the head may run again
+            run.meter.kind = "logits and loss"
+
+    model.lm_head.register_forward_pre_hook(begin_loss)
+    inputs = ids.packed if setup.packs else ids.supervised
+    run.train_step(lambda: inputs(batch) | image(batch.images), _layers_of(model.model.language_model))
     if setup.evaluates:
         rows = setup.training.per_device_eval_batch_size
         with run.inference("evaluation, questions"):
             before = run.meter.total
-            questions = ids.prompts(rows, batch.length) | image(rows)
+            questions = ids.prompts(rows, batch.longest) | image(rows)
             cache = run.forward(**questions, use_cache=True, logits_to_keep=1).past_key_values
             del questions
             cached = run.meter.total - before
         del cache
-        grown = (batch.longest_prompt + ANSWER_TOKENS) / batch.length
+        grown = (batch.longest_prompt + ANSWER_TOKENS) / batch.longest
         run.meter.moments["evaluation, answers"] = run.resident | {"keys and values": int(cached * grown)}
     if setup.encoder.include_text_tower:
         encoder = _meta_encoder(setup.encoder, setup.encoder.text_config, trains_text_tower=False)
@@ -506,10 +529,20 @@ class _Ids:
 
     def supervised(self, batch: VlmBatch) -> dict[str, torch.Tensor]:
         inputs = self.prompts(batch.rows, batch.length)
-        labels = torch.full_like(inputs["input_ids"], IGNORE_INDEX)
+        return inputs | {"labels": self._labels(inputs["input_ids"], batch)}
+
+    def packed(self, batch: VlmBatch) -> dict[str, torch.Tensor]:
+        """Which token sees which costs the same however many segments there are."""
+        ids = torch.zeros(batch.rows, batch.length, dtype=torch.long, device=self.device)
+        ids.view(-1)[: batch.images * self.num_image_tokens] = self.image_token_id
+        zeros = {name: torch.zeros_like(ids) for name in ("position_ids", "segment_ids", "prefix_ids")}
+        return zeros | {"input_ids": ids, "labels": self._labels(ids, batch)}
+
+    def _labels(self, ids: torch.Tensor, batch: VlmBatch) -> torch.Tensor:
+        labels = torch.full_like(ids, IGNORE_INDEX)
         answer = torch.arange(batch.supervised, device=self.device)  # in turn the last token of each row, and so on
         labels[answer % batch.rows, batch.length - 1 - answer // batch.rows] = 0
-        return inputs | {"labels": labels}
+        return labels
 
 
 def _layers_of(language_model: Any) -> nn.ModuleList:

@@ -39,12 +39,19 @@ from sigphi.train.errors import UserError
 from sigphi.train.evaluation import only_unseen
 from sigphi.train.images import decode_images
 from sigphi.train.memory import Speed
-from sigphi.train.padding import padded_tokens, padding_share, random_batches
+from sigphi.train.packing import (
+    PackedBatches,
+    QuestionSizes,
+    packed_row_length,
+    packed_shape,
+    question_sizes,
+)
+from sigphi.train.padding import padding_share, random_batches
 from sigphi.train.pairs import text_key
 from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
 from sigphi.train.siglip import distinct_texts, encoder_config, encoder_processor
 from sigphi.train.text_tower import length_batches, token_ids
-from sigphi.train.vlm import check_lengths, check_models, choose_watched
+from sigphi.train.vlm import check_lengths, check_models, choose_watched, row_length
 
 # Options in other words than their fields'.
 _FLAGS = {"per_device_train_batch_size": "--batch-size"}
@@ -105,17 +112,55 @@ class VlmCase(_Case):
         prompts (`np.ndarray` of shape `(rows,)`, int): tokens of each question.
         encoder, text: the configs of the parts.
         tokenizer: the language model's, prepared.
+        sizes (`QuestionSizes`): of all questions.
+        packs (`bool`): whether rows hold several questions.
     """
 
     prompts: np.ndarray
     encoder: SiglipResNetConfig
     text: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    sizes: QuestionSizes
+    packs: bool
+
+    @cached_property
+    def batches(self) -> list[np.ndarray]:
+        """The questions of an epoch's batches, in an order as good as any."""
+        budget = self.training.tokens_per_batch
+        if budget == 0:
+            return super().batches
+        sizes = self.sizes[range(self.num_train)]
+        length = self._row_length
+        batches = PackedBatches(sizes, length, budget // length, seed=self.training.seed)
+        return [np.array(batch) for batch in batches]
+
+    @property
+    def _row_length(self) -> int:
+        training = self.training
+        if training.tokens_per_batch == 0:
+            return training.tokens_per_row
+        longest = int(self.lengths.max())
+        return packed_row_length(training.tokens_per_batch, training.tokens_per_row, longest, "the CSV")
+
+    @cached_property
+    def shapes(self) -> np.ndarray:
+        """Rows, length of the longest, images and tokens of each batch, `(batches, 4)`."""
+        if not self.packs:
+            lengths = [self.lengths[rows] for rows in self.batches]
+            return np.array([(len(rows), rows.max(), len(rows), rows.sum()) for rows in lengths])
+        return np.array([packed_shape(self.sizes[rows], self._row_length) for rows in self.batches])
 
     def costs(self, speed: Speed | None = None) -> Costs:
         """What it needs of its device."""
         setup = VlmSetup(
-            self.model, self.training, self.encoder, self.text, self.tokenizer, self.caches_features, self.num_eval > 0
+            self.model,
+            self.training,
+            self.encoder,
+            self.text,
+            self.tokenizer,
+            self.caches_features,
+            self.num_eval > 0,
+            self.packs,
         )
         return vlm_costs(setup, self.batch, speed)
 
@@ -126,13 +171,16 @@ class VlmCase(_Case):
 
     @property
     def batch(self) -> VlmBatch:
-        """As long as the longest of an epoch, with as many answer tokens as any."""
+        """The one of an epoch with most positions, with as many images and answer tokens as any."""
         answers = self.lengths - self.prompts
+        rows, length, _, _ = self.shapes[self.shapes[:, :2].prod(1).argmax()].tolist()
         return VlmBatch(
-            rows=len(self.batches[0]),
-            length=int(self.lengths[: self.num_train].max()),
-            supervised=max(int(answers[rows].sum()) for rows in self.batches),
+            rows=rows,
+            length=length,
+            images=int(self.shapes[:, 2].max()),
+            supervised=max(int(answers[questions].sum()) for questions in self.batches),
             longest_prompt=int(self.prompts.max()),
+            longest=int(self.lengths.max()),
         )
 
     @property
@@ -147,14 +195,14 @@ class VlmCase(_Case):
 
     @property
     def padding(self) -> float:
-        """The share of the tokens of an epoch that is padding."""
-        return padding_share(self.lengths, self.batches)
+        """The share of the positions of an epoch that is padding."""
+        return 1.0 - float(self.shapes[:, 3].sum() / self.shapes[:, :2].prod(1).sum())
 
     @property
     def mean_share(self) -> float:
         """The work of a mean batch, as a share of that of the largest."""
-        padded = padded_tokens(self.lengths, self.batches)
-        return float(padded.mean()) / (self.batch.rows * self.batch.length)
+        positions = self.shapes[:, :2].prod(1)
+        return float(positions.mean() / positions.max())
 
     def saved_parts(self, costs: Costs) -> list[str]:
         """The parts that a checkpoint holds."""
@@ -164,6 +212,8 @@ class VlmCase(_Case):
     def remedies(self) -> list[list[dict[str, Any]]]:
         """Changes that save memory, in families; within one from the mildest to the strongest."""
         families = [smaller_batches(self.training)]
+        if self.training.tokens_per_batch > 0:
+            families = [smaller_budgets(self.training, int(self.lengths.max()))]
         if not self.training.gradient_checkpointing:
             families.append([_CHECKPOINTING])
         if not self.training.bf16:
@@ -279,6 +329,16 @@ def smaller_batches(training: Any) -> list[dict[str, Any]]:
     ]
 
 
+def smaller_budgets(training: Any, longest: int) -> list[dict[str, Any]]:
+    """As [`smaller_batches`], of a half, a quarter, ... of the positions, as long as a question fits."""
+    budget, accumulated = training.tokens_per_batch, training.gradient_accumulation_steps
+    return [
+        {"tokens_per_batch": budget // 2**k, "gradient_accumulation_steps": accumulated * 2**k}
+        for k in range(1, budget.bit_length())
+        if budget // 2**k >= longest
+    ]
+
+
 def smaller_evaluations(training: Any) -> list[dict[str, Any]]:
     """Evaluation batches of a half, a quarter, ..."""
     size = training.per_device_eval_batch_size
@@ -306,11 +366,10 @@ def read_vlm_case(model: VlmModelArguments, data_arguments: DataArguments, train
         UserError: as `sigphi train-vlm` does before any weights load.
     """
     check_evaluation(data_arguments, training)
-    check_models(model)
+    language_config = check_models(model)
     encoder = read_config(model.siglip_checkpoint, "--siglip-checkpoint", SiglipResNetConfig.model_type)
-    revision = model.language_model_revision
-    text = read_config(model.language_model, "--language-model", revision=revision).get_text_config()
-    tokenizer = prepare_tokenizer(_tokenizer(model.language_model, revision))
+    text = language_config.get_text_config()
+    tokenizer = prepare_tokenizer(_tokenizer(model.language_model, model.language_model_revision))
     image_processor = SiglipResNetProcessor.from_pretrained(model.siglip_checkpoint).image_processor
     processor = SigPhiProcessor(image_processor, tokenizer, num_image_tokens=model.num_image_tokens)
     data = load_data(data_arguments)
@@ -320,7 +379,8 @@ def read_vlm_case(model: VlmModelArguments, data_arguments: DataArguments, train
     everything = datasets.concatenate_datasets(list(data.values()))
     images, positions = distinct_images(everything)
     rows = tokenized_rows(processor, everything, positions)
-    check_lengths(rows, everything, text.max_position_embeddings, f"--input-csv {data_arguments.input_csv}")
+    option = f"--input-csv {data_arguments.input_csv}"
+    check_lengths(rows, everything, text.max_position_embeddings, option)
     prompts = np.array([len(row["prompt_ids"]) for row in rows])
     return VlmCase(
         model=model,
@@ -334,6 +394,8 @@ def read_vlm_case(model: VlmModelArguments, data_arguments: DataArguments, train
         encoder=encoder,
         text=text,
         tokenizer=tokenizer,
+        sizes=question_sizes(rows, processor.image_token_id),
+        packs=row_length(model, training, language_config, rows, option) is not None,
     )
 
 

@@ -3,10 +3,11 @@
 import contextlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -24,6 +25,7 @@ from sigphi.train.averaging import WeightAverage, check_averaged
 from sigphi.train.collators import normalize
 from sigphi.train.losses import global_sigmoid_loss
 from sigphi.train.muon import Muon
+from sigphi.train.packing import PackedBatches, question_sizes
 
 
 class _ArtifactTrainer(Trainer):
@@ -312,20 +314,62 @@ class VlmTrainer(_ArtifactTrainer):
     Trains a [`SigPhiForConditionalGeneration`], by LoRA or in full.
 
     The projector has its own learning rate, `args.projector_learning_rate`. The evaluation loss is the mean over all
-    supervised tokens of the evaluation set, however they are batched.
+    supervised tokens of the evaluation set, however they are batched. So is the training loss over those of an update:
+    the same for any batch size, accumulation, number of processes, padding or packing.
+
+    With `args.tokens_per_batch` the batches are those of [`PackedBatches`], for a [`PackingCollator`].
+
+    Raises:
+        ValueError: if a row of a data set of [`tokenized_rows`] has no answer tokens; it names the row.
     """
+
+    def __init__(self, **kwargs: Any) -> None:
+        for name in ("train_dataset", "eval_dataset"):
+            _check_answers(kwargs.get(name), name)
+        super().__init__(**kwargs)
 
     def learning_rate_of(self, name: str) -> float:
         """The projector starts from random weights and learns faster than what is already trained."""
         is_projector = ".multi_modal_projector." in f".{name}"
         return self.args.projector_learning_rate if is_projector else self.args.learning_rate
 
+    def get_train_dataloader(self) -> DataLoader:
+        """As the Trainer's, or with batches of at most `args.tokens_per_batch` positions."""
+        if self.args.tokens_per_batch == 0:
+            return super().get_train_dataloader()
+        collator: Any = self.data_collator
+        batches = PackedBatches(
+            question_sizes(self.train_dataset.to_list(), collator.image_token_id),
+            collator.tokens_per_row,
+            self.args.tokens_per_batch // collator.tokens_per_row,
+            self.args.world_size,
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            lambda: self.state.epoch or 0.0,
+        )
+        loader: DataLoader = DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        with self._uneven_batches():
+            return self.accelerator.prepare(loader)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As the Trainer's, but no rows are repeated to fill the last batches of several processes."""
+        with self._uneven_batches():
+            return super().get_eval_dataloader(eval_dataset)
+
+    @contextlib.contextmanager
+    def _uneven_batches(self) -> Iterator[None]:
+        """Within it batches are shared out as they are."""
         even_batches = self.accelerator.even_batches
         self.accelerator.even_batches = False
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            yield
         finally:
             self.accelerator.even_batches = even_batches
 
@@ -341,17 +385,18 @@ class VlmTrainer(_ArtifactTrainer):
         """Sums loss and supervised tokens over all batches and processes; no logits are kept."""
         model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         model.eval()
-        totals = torch.zeros(3, dtype=torch.float64)  # loss, supervised tokens, rows
+        totals = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
             tokens = (batch["labels"][:, 1:] != -100).sum()
             with self.compute_loss_context_manager():
-                loss = model(**batch, logits_to_keep=1).loss
-            totals += torch.stack([loss.double() * tokens, tokens.double(), torch.tensor(len(batch["labels"]))]).cpu()
+                loss = model(**batch, logits_to_keep=torch.arange(0)).loss
+            totals += torch.stack([loss.double() * tokens, tokens.double()]).cpu()
             self.control: Any = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         totals = self.accelerator.reduce(totals.to(self.args.device).float(), "sum").cpu()
         metrics = {f"{metric_key_prefix}_loss": (totals[0] / totals[1]).item()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(totals[2]))
+        num_samples = self.num_examples(dataloader)
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_samples)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """
@@ -368,6 +413,14 @@ class VlmTrainer(_ArtifactTrainer):
     def _load_best_model(self) -> None:
         """As the Trainer's, for the adapter form too."""
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _check_answers(dataset: Any, name: str) -> None:
+    if not isinstance(dataset, datasets.Dataset) or "answer_ids" not in dataset.column_names:
+        return
+    for row, answer in enumerate(dataset["answer_ids"]):
+        if not answer:
+            raise ValueError(f"Row {row} of `{name}` has no answer tokens, so nothing in it is supervised.")
 
 
 __all__ = ["SiglipTrainer", "VlmTrainer", "tower_inputs"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer, PreTrainedConfig, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
@@ -36,6 +36,7 @@ from sigphi.train.evaluation import evaluate_folder, only_unseen, results_table
 from sigphi.train.feature_cache import cached_features, check_folder
 from sigphi.train.fingerprints import digest, tensor_parts
 from sigphi.train.images import decode_images
+from sigphi.train.packing import PackingCollator, choose_packing, packed_row_length
 from sigphi.train.parser import parse_arguments
 from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
 from sigphi.train.qlora import build_vlm, load_language_model
@@ -47,9 +48,12 @@ from sigphi.train.vlm_evaluation import encode_images
 logger = logging.getLogger(__name__)
 
 
-def check_models(arguments: VlmModelArguments) -> None:
+def check_models(arguments: VlmModelArguments) -> PreTrainedConfig:
     """
     Check that both models are there and of the right kind, before any weights load.
+
+    Returns:
+        `PreTrainedConfig`: the language model's.
 
     Raises:
         UserError: naming the option, its value and the remedy.
@@ -67,29 +71,34 @@ def check_models(arguments: VlmModelArguments) -> None:
             f"--num-image-tokens must be 1 or a square up to {cells}, the cells of the encoder's feature map, got "
             f"{arguments.num_image_tokens}."
         )
+    return language
+
+
+def build_processor(arguments: VlmModelArguments) -> SigPhiProcessor:
+    """The encoder's image processor and the language model's tokenizer, prepared for images."""
+    revision = arguments.language_model_revision or "main"
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(arguments.language_model, revision=revision))
+    image_processor = SiglipResNetProcessor.from_pretrained(arguments.siglip_checkpoint).image_processor
+    return SigPhiProcessor(image_processor, tokenizer, num_image_tokens=arguments.num_image_tokens)
 
 
 def build_model(
-    model_arguments: VlmModelArguments, arguments: VlmTrainingArguments
-) -> tuple[SigPhiForConditionalGeneration, SigPhiProcessor]:
-    """The VLM that the options describe, in the precision of training, and its processor."""
+    model_arguments: VlmModelArguments,
+    arguments: VlmTrainingArguments,
+    processor: SigPhiProcessor,
+    attn_implementation: str,
+) -> SigPhiForConditionalGeneration:
+    """The VLM that the options describe, in the precision of training."""
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     encoder = SiglipResNetModel.from_pretrained(model_arguments.siglip_checkpoint, dtype=dtype)
-    tokenizer = prepare_tokenizer(
-        AutoTokenizer.from_pretrained(
-            model_arguments.language_model, revision=model_arguments.language_model_revision or "main"
-        )
-    )
     language_model = load_language_model(
         model_arguments,
         # Full training needs float32 master weights; the arithmetic is in bfloat16 by autocast all the same.
         torch.float32 if model_arguments.tuning == "full" else dtype,
-        choose_attn_implementation(model_arguments.attn_implementation),
+        attn_implementation,
         arguments.device,
     )
-    image_processor = SiglipResNetProcessor.from_pretrained(model_arguments.siglip_checkpoint).image_processor
-    processor = SigPhiProcessor(image_processor, tokenizer, num_image_tokens=model_arguments.num_image_tokens)
-    return build_vlm(encoder.vision_model, language_model, tokenizer, model_arguments), processor
+    return build_vlm(encoder.vision_model, language_model, processor.tokenizer, model_arguments)
 
 
 def collator_for(
@@ -97,20 +106,26 @@ def collator_for(
     processor: SigPhiProcessor,
     pixels: torch.Tensor,
     arguments: VlmModelArguments,
+    tokens_per_row: int | None = None,
 ) -> VlmCollator:
     """
     A collator that gives images, or what the frozen image tower says of them, see [`image_features`].
 
     Args:
         pixels (`torch.ByteTensor` of shape `(images, 3, height, width)`): decoded images.
+        tokens_per_row (`int`, *optional*): of packed rows; without it each question has a row of its own.
 
     Raises:
         UserError: if the file of the features cannot be written.
     """
-    if arguments.image_cache == "off":
-        return VlmCollator(processor.tokenizer.pad_token_id, images=pixels, processor=processor)
-    features = image_features(model, processor, pixels, arguments.image_cache_dir)
-    return VlmCollator(processor.tokenizer.pad_token_id, image_features=features)
+    given: dict[str, Any] = {"images": pixels, "processor": processor}
+    if arguments.image_cache == "on":
+        given = {"image_features": image_features(model, processor, pixels, arguments.image_cache_dir)}
+    pad_token_id = processor.tokenizer.pad_token_id
+    if tokens_per_row is None:
+        return VlmCollator(pad_token_id, **given)
+    image_token_id = processor.image_token_id
+    return PackingCollator(pad_token_id, image_token_id=image_token_id, tokens_per_row=tokens_per_row, **given)
 
 
 def image_features(
@@ -162,6 +177,33 @@ def check_lengths(rows: list[dict[str, Any]], dataset: datasets.Dataset, longest
             )
 
 
+def row_length(
+    model: VlmModelArguments,
+    training: VlmTrainingArguments,
+    language_config: PreTrainedConfig,
+    rows: list[dict[str, Any]],
+    option: str,
+) -> int | None:
+    """
+    The longest row of packed questions, or `None` where each question has a row of its own.
+
+    Args:
+        model, training: the options.
+        language_config (`PreTrainedConfig`): of the language model.
+        rows: of [`tokenized_rows`].
+        option (`str`): what names the rows to the user.
+
+    Raises:
+        UserError: if the options ask for packing that cannot work, see [`choose_packing`] and [`packed_row_length`].
+    """
+    longest = max(len(row["prompt_ids"]) + len(row["answer_ids"]) for row in rows)
+    if not choose_packing(model, training, language_config, longest):
+        return None
+    if training.tokens_per_batch == 0:
+        return training.tokens_per_row
+    return packed_row_length(training.tokens_per_batch, training.tokens_per_row, longest, option)
+
+
 def choose_watched(data: datasets.DatasetDict, seed: int, arguments: VlmTrainingArguments) -> datasets.Dataset | None:
     """
     The held-out rows for [`LooksAtImageCallback`], or `None` where there are none or none are wanted.
@@ -187,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
         [VlmModelArguments, DataArguments, VlmTrainingArguments], argv, "sigphi train-vlm"
     )
     check_evaluation(data_arguments, arguments)
-    check_models(model_arguments)
+    language_config = check_models(model_arguments)
     set_seed(arguments.seed)
     data = load_data(data_arguments)
     if "eval" in data:
@@ -198,14 +240,16 @@ def main(argv: list[str] | None = None) -> None:
     pixels = decode_images(images, range(len(images)))
     if model_arguments.image_cache == "on":
         check_folder("--image-cache", model_arguments.image_cache_dir)
-    model, processor = build_model(model_arguments, arguments)
+    processor = build_processor(model_arguments)
     rows = tokenized_rows(processor, everything, positions)
-    text_config: Any = model.config.text_config
-    longest = text_config.max_position_embeddings
-    check_lengths(rows, everything, longest, f"--input-csv {data_arguments.input_csv}")
+    option = f"--input-csv {data_arguments.input_csv}"
+    check_lengths(rows, everything, language_config.get_text_config().max_position_embeddings, option)
+    tokens_per_row = row_length(model_arguments, arguments, language_config, rows, option)
+    attention = choose_attn_implementation(model_arguments.attn_implementation, packs=tokens_per_row is not None)
+    model = build_model(model_arguments, arguments, processor, attention)
     # The other processes wait, and then read the file that the first one has written.
     with arguments.main_process_first(desc="features of the images"):
-        collator = collator_for(model, processor, pixels, model_arguments)
+        collator = collator_for(model, processor, pixels, model_arguments, tokens_per_row)
     num_train = len(data["train"])
     trainer = VlmTrainer(
         model=model,

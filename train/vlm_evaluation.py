@@ -139,7 +139,7 @@ def supervised_loss(
         batch = collate([rows[row] for row in order[start : start + batch_size]])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         supervised = int((batch["labels"][:, 1:] != -100).sum())
-        total += model(**batch, logits_to_keep=1).loss.item() * supervised
+        total += model(**batch, logits_to_keep=torch.arange(0)).loss.item() * supervised
         tokens += supervised
     return total / tokens
 
