@@ -373,6 +373,8 @@ class SiglipTrainingArguments(SigphiTrainingArguments):
             raise UserError(
                 f"--muon goes with --optim adamw_torch or adamw_torch_fused (the default), not {self.optim.value}."
             )
+        if self.muon and self.fp16:
+            raise UserError("--muon does not know the loss scaling of --fp16: train with --bf16 true.")
         if self.sync_batch_norm and self.device.type == "cpu":
             raise UserError("--sync-batch-norm needs GPUs: PyTorch has no SyncBatchNorm on CPU. Leave it out.")
 
