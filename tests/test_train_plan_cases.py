@@ -125,14 +125,14 @@ def test_a_packed_vlm_case_has_the_batches_of_its_training(vlm_words, trainer_of
     real = sum(int((batch["segment_ids"] >= 0).sum()) for batch in batches)
     assert case.padding == pytest.approx(1 - real / sum(rows * length for rows, length, _ in shapes))
     halved = case.changed({"tokens_per_batch": 200})
-    assert halved.batch.rows * halved.batch.length <= 200 and halved.steps > 1.9 * case.steps
+    assert halved.batch.rows * halved.batch.length <= 200 and halved.steps > 1.7 * case.steps
 
 
 def test_packed_batches_by_number_have_fewer_positions_than_padded_ones(vlm_words, trainer_of):
     options = ["--bits", "16", "--batch-size", "16"]
+    padded = vlm_case(vlm_words, *options, "--packing", "off")
     case, trainer = vlm_case(vlm_words, *options), trainer_of(vlm, [*vlm_words, *options])
     assert case.steps == steps_of(trainer)
-    padded = vlm_case(vlm_words, *options, "--packing", "off")
     assert case.packs and not padded.packs
     assert case.shapes[:, :2].prod(1).sum() < 0.9 * padded.shapes[:, :2].prod(1).sum()
     batches = list(trainer.get_train_dataloader())
@@ -172,7 +172,7 @@ def test_without_a_cache_the_padding_is_that_of_the_batches(siglip_words):
 
 
 def test_a_changed_case_leaves_the_first_as_it_is(vlm_words):
-    case = vlm_case(vlm_words, "--bits", "16", "--batch-size", "8")
+    case = vlm_case(vlm_words, "--bits", "16", "--batch-size", "8", "--packing", "off")
     changed = case.changed({"per_device_train_batch_size": 2, "bits": 4})
     assert (changed.training.per_device_train_batch_size, changed.model.bits) == (2, 4)
     assert (case.training.per_device_train_batch_size, case.model.bits) == (8, 16)
