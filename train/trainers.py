@@ -338,10 +338,16 @@ class VlmTrainer(_ArtifactTrainer):
         if self.args.tokens_per_batch == 0:
             return super().get_train_dataloader()
         collator: Any = self.data_collator
+        rows_per_batch = self.args.tokens_per_batch // collator.tokens_per_row
+        if rows_per_batch == 0:
+            raise ValueError(
+                f"`tokens_per_batch` is {self.args.tokens_per_batch}, less than the collator's `tokens_per_row` of "
+                f"{collator.tokens_per_row}."
+            )
         batches = PackedBatches(
             question_sizes(self.train_dataset.to_list(), collator.image_token_id),
             collator.tokens_per_row,
-            self.args.tokens_per_batch // collator.tokens_per_row,
+            rows_per_batch,
             self.args.world_size,
             self.args.seed if self.args.data_seed is None else self.args.data_seed,
             lambda: self.state.epoch or 0.0,
