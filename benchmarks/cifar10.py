@@ -9,12 +9,13 @@ complete is not run again. The result goes to benchmarks/results/cifar10.json.
 import argparse
 import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-from sigphi.train.records import LOG_HISTORY, environment, write_json
+from provenance import commit, provenance
+
+from sigphi.train.records import LOG_HISTORY, write_json
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "train" / "recipes"
@@ -59,12 +60,6 @@ def train(folder: Path, images: str, wanted: list[str]) -> None:
             (folder / name / COMMIT).write_text(commit(), encoding="utf-8")
 
 
-def commit() -> str:
-    """The checked-out commit, with `-dirty` behind it where files differ from it."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
-
-
 def train_seconds(folder: Path) -> float:
     """The Trainer's own `train_runtime` of a stage, without loading and evaluation afterwards."""
     history = json.loads((folder / LOG_HISTORY).read_text(encoding="utf-8"))
@@ -100,10 +95,8 @@ def main() -> None:
     results = {name: evaluate(options.output_dir, options.images, name) for name in names}
     RESULTS.parent.mkdir(exist_ok=True)
     facts = {
-        "commit": commit(),
+        **provenance(),
         "images": "JPEG copy of CIFAR-10 (quality about 75); figures are a point or two below those on the original",
-        "cores": os.cpu_count(),
-        "environment": environment(),
         "train_seconds": {name: train_seconds(options.output_dir / name) for name in options.stages},
         "trained_at_commit": {name: (options.output_dir / name / COMMIT).read_text() for name in options.stages},
         "test": {name: result["test"] for name, result in results.items()},

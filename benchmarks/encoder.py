@@ -29,6 +29,7 @@ import torch
 from encoder_contestants import HELD_OUT, MAX_TEXT_LENGTH, MEAN, PAIRS, STD, TOWER, class_features
 from open_clip.loss import SigLipLoss
 from PIL import Image
+from provenance import commit
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -289,8 +290,7 @@ def main() -> None:
     folder = options.output_dir.absolute()
     prepare(folder, options.images)
     facts = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    where = {"commit": commit.strip(), "machine": machine()}
+    where = {"commit": commit(), "machine": machine()}
     common = (folder, options.images, options.workers)
     for part in options.parts:
         if part == "throughput":

@@ -9,17 +9,17 @@ the first few; and the images a second that the batches come at when nothing is 
 
 import argparse
 import itertools
-import os
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from provenance import provenance
+
 from sigphi.train.arguments import EncoderDataArguments, SiglipModelArguments, SiglipTrainingArguments
 from sigphi.train.encoder_data import EncoderData, load_encoder_data
 from sigphi.train.parser import parse_arguments
-from sigphi.train.records import environment, write_json
+from sigphi.train.records import write_json
 from sigphi.train.siglip import RECIPES, build_encoder, encoder_collator, encoder_config, encoder_processor
 from sigphi.train.trainers import SiglipTrainer
 
@@ -93,9 +93,7 @@ def main() -> None:
     for workers in options.workers:
         row, data = measure(words, workers, options.steps, data)
         rows.append(row)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    facts = {"commit": commit.strip(), "cores": os.cpu_count(), "environment": environment(), "options": words}
-    write_json(RESULTS, facts | {"rows": rows})
+    write_json(RESULTS, provenance() | {"options": words, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ logits at once.
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from provenance import provenance
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -87,12 +87,11 @@ def main() -> None:
         return
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
     measured = {(row["way"], row["batch"], row["chunk_size"]) for row in rows}
-    machine = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__}
     for one in CASES:
         if one not in measured:
             command = [sys.executable, __file__, "--case", *map(str, one)]
             rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-            write_json(RESULTS, {"dim": DIM, **machine, "rows": rows})
+            write_json(RESULTS, provenance() | {"dim": DIM, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ this process, in one thread; the settings come one after the other, in two round
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from provenance import provenance
 from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM, PreTrainedTokenizerBase, SiglipImageProcessor
 
 from sigphi import SiglipResNetConfig, SigPhiConfig, SigPhiForConditionalGeneration, VlmTrainingArguments
@@ -40,7 +40,7 @@ from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
 from sigphi.train.records import write_json
 
 RESULTS = Path(__file__).parent / "results" / "packing.json"
-QUESTIONS, IMAGE_TOKENS, ROUNDS, TIMED_QUESTIONS = 50_000, 16, 2, 64
+QUESTIONS, IMAGE_TOKENS, ROUNDS, TIMED_ROWS, TIMED_QUESTIONS = 50_000, 16, 2, 2000, 64
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
 # By batch size, or by tokens a batch and a row.
 SETTINGS: dict[str, dict[str, int]] = {
@@ -165,53 +165,54 @@ def questions_a_second(model: Any, case: Case, rows: Sequence[dict[str, Any]], c
     return done / (time.process_time() - start)
 
 
+def counted(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Positions and FLOPs of an epoch, by setting."""
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    sizes = question_sizes(rows, image_token_id)
+    cases = {name: Case(rows, image_token_id, **setting) for name, setting in SETTINGS.items()}
+    prefixes = dict(zip(sizes.keys, sizes.prefixes.tolist(), strict=True))
+    distinct = sum(prefixes.values()) + int(sizes.owns.sum())
+    return {
+        "questions": len(rows),
+        "images": len(prefixes),
+        "image_tokens": IMAGE_TOKENS,
+        "distinct_tokens_a_question": round(distinct / len(rows), 3),
+        "settings": {name: figures(case, rows, tokenizer, distinct) for name, case in cases.items()},
+    }
+
+
+def timed(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Questions a second of the processor, by setting and round."""
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    cases = {name: Case(rows, image_token_id, **SETTINGS[name]) for name in TIMED}
+    model = small_vlm(tokenizer, image_token_id)
+    features = torch.randn(max(row["image_index"] for row in rows) + 1, IMAGE_TOKENS, 2048)
+    given: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "image_features": features}
+    speeds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(ROUNDS):
+        for name, case in cases.items():
+            collator = VlmCollator(**given)
+            if case.row:
+                collator = PackingCollator(**given, image_token_id=image_token_id, tokens_per_row=case.row)
+            speeds[name].append(round(questions_a_second(model, case, rows, collator), 2))
+    return {"model": SMALL, "threads": torch.get_num_threads(), "questions_a_processor_second": speeds}
+
+
 def main() -> None:
-    """Both parts; `--timed` and `--counted` choose one."""
+    """Both parts, or the one of `--part`; the other keeps its results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--input-csv", required=True)
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--part", choices=("counted", "timed"))
+    parts = {"counted": (counted, QUESTIONS), "timed": (timed, TIMED_ROWS)}
+    parser.add_argument("--part", choices=parts)
     options = parser.parse_args()
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(options.tokenizer))
-    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-    rows = read_rows(options.input_csv, tokenizer, 2000 if options.part == "timed" else QUESTIONS)
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    if options.part != "timed":
-        sizes = question_sizes(rows, image_token_id)
-        cases = {name: Case(rows, image_token_id, **setting) for name, setting in SETTINGS.items()}
-        prefixes = dict(zip(sizes.keys, sizes.prefixes.tolist(), strict=True))
-        distinct = sum(prefixes.values()) + int(sizes.owns.sum())
-        results["counted"] = {
-            "questions": len(rows),
-            "images": len(prefixes),
-            "image_tokens": IMAGE_TOKENS,
-            "distinct_tokens_a_question": round(distinct / len(rows), 3),
-            "settings": {name: figures(case, rows, tokenizer, distinct) for name, case in cases.items()},
-        }
-        write_json(RESULTS, results)
-    if options.part != "counted":
-        rows = rows[:2000]
-        cases = {name: Case(rows, image_token_id, **SETTINGS[name]) for name in TIMED}
-        model = small_vlm(tokenizer, image_token_id)
-        features = torch.randn(max(row["image_index"] for row in rows) + 1, IMAGE_TOKENS, 2048)
-        given: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "image_features": features}
-        speeds: dict[str, list[float]] = {name: [] for name in cases}
-        for _ in range(ROUNDS):
-            for name, case in cases.items():
-                collator = VlmCollator(**given)
-                if case.row:
-                    collator = PackingCollator(**given, image_token_id=image_token_id, tokens_per_row=case.row)
-                speeds[name].append(questions_a_second(model, case, rows, collator))
-        results["timed"] = {
-            "model": SMALL,
-            "threads": torch.get_num_threads(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "questions_a_processor_second": {
-                name: [round(one, 2) for one in rounds] for name, rounds in speeds.items()
-            },
-        }
-        write_json(RESULTS, results)
+    for name, (measure, questions) in parts.items():
+        if options.part in (None, name):
+            rows = read_rows(options.input_csv, tokenizer, questions)
+            results[name] = measure(rows, tokenizer) | provenance()
+            write_json(RESULTS, results)
 
 
 if __name__ == "__main__":

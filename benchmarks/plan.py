@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 import torch
+from provenance import commit
 from transformers import PhiConfig, PhiForCausalLM, SiglipImageProcessor
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
@@ -211,10 +212,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_questions(folder / "qa.csv", images=200)
     write_models(folder, folder / "qa.csv")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     facts = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"configurations": {}}
     for name in options.only:
-        facts["configurations"][name] = compare(name, folder) | {"commit": commit.strip()}
+        facts["configurations"][name] = compare(name, folder) | {"commit": commit()}
     facts["cores"] = os.cpu_count()
     RESULTS.parent.mkdir(exist_ok=True)
     write_json(RESULTS, facts)

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from provenance import commit
+
 from sigphi.train.records import write_json
 
 ROOT = Path(__file__).parent.parent
@@ -26,8 +28,7 @@ def main() -> None:
     if not (folder / "report.json").exists():
         subprocess.run([sys.executable, "-m", "sigphi", "quickstart", "--output-dir", str(folder)], check=True)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    write_json(RESULTS, {"commit": commit.strip(), "cores": os.cpu_count(), **report})
+    write_json(RESULTS, {"commit": commit(), "cores": os.cpu_count(), **report})
 
 
 if __name__ == "__main__":

@@ -13,19 +13,19 @@ multiplying matrices in bfloat16.
 import argparse
 import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import commit, provenance
 
 from sigphi.train.arguments import EncoderDataArguments, SiglipModelArguments, SiglipTrainingArguments
 from sigphi.train.machine import measured_speed
 from sigphi.train.parser import parse_arguments
 from sigphi.train.plan_cases import read_siglip_case
-from sigphi.train.records import EVAL_RESULTS, LOG_HISTORY, environment, write_json
+from sigphi.train.records import EVAL_RESULTS, LOG_HISTORY, write_json
 from sigphi.train.siglip import RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -39,12 +39,6 @@ TARGETS = {
 }
 
 logger = logging.getLogger(__name__)
-
-
-def commit() -> str:
-    """The checked-out commit, with `-dirty` behind it where files differ from it."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
 
 
 def training_words(options: argparse.Namespace) -> list[str]:
@@ -146,11 +140,9 @@ def main() -> None:
     top1 = results["test"]["zero_shot_top1"]
     facts = {
         "recipe": options.recipe,
-        "commit": commit(),
+        **provenance(),
         "trained_at_commit": (options.output_dir / COMMIT).read_text(encoding="utf-8").strip(),
         "images": "JPEG copy of CIFAR-10 (quality about 75); figures are a point or two below those on the original",
-        "cores": os.cpu_count(),
-        "environment": environment(),
         "training": training,
         "target": TARGETS.get(options.recipe),
         "is_met": is_met(options.recipe, top1, training["train_seconds"]),

@@ -1,0 +1,21 @@
+"""Where a result comes from: the code, the machine and the versions."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from sigphi.train.records import environment
+
+
+def commit() -> str:
+    """The checked-out commit, with `-dirty` behind it where files differ from it."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+
+
+def provenance() -> dict[str, Any]:
+    """What each file of results begins with: `commit`, `cores` and `environment`."""
+    return {"commit": commit(), "cores": os.cpu_count(), "environment": environment()}
