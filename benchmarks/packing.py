@@ -206,12 +206,13 @@ def main() -> None:
     parts = {"counted": (counted, QUESTIONS), "timed": (timed, TIMED_ROWS)}
     parser.add_argument("--part", choices=parts)
     options = parser.parse_args()
+    source = provenance()  # before the file of results is another one than the commit's
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(options.tokenizer))
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for name, (measure, questions) in parts.items():
         if options.part in (None, name):
             rows = read_rows(options.input_csv, tokenizer, questions)
-            results[name] = measure(rows, tokenizer) | provenance()
+            results[name] = measure(rows, tokenizer) | source
             write_json(RESULTS, results)
 
 
