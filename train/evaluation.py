@@ -203,8 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     config = read_config(model, "MODEL", SiglipResNetConfig.model_type, SigPhiConfig.model_type)
     is_encoder = config.model_type == SiglipResNetConfig.model_type
-    if (not is_encoder or data.dataset is not None) and encoder != EncoderEvaluationArguments():
-        raise UserError("--probe-... and --human-labels are for encoders on images of --input-csv; leave them out.")
+    if encoder != EncoderEvaluationArguments():
+        _check_encoder_options(model, is_encoder, data)
     if data.dataset is not None:
         sys.stdout.write(results_table(_evaluate_pairs(model, is_encoder, data, options)))
         return
@@ -220,6 +220,13 @@ def main(argv: list[str] | None = None) -> None:
         judged_rows(dataset)  # refuses what cannot be judged by, before any weights load
         kwargs["max_new_tokens"] = options.max_new_tokens
     sys.stdout.write(results_table(evaluate_folder(model, dataset, **kwargs)))
+
+
+def _check_encoder_options(model: str, is_encoder: bool, data: PairsArguments) -> None:
+    if not is_encoder:
+        raise UserError(f"--probe-... and --human-labels are for encoders, and {model} is none; leave them out.")
+    if data.dataset is not None:
+        raise UserError("--probe-... and --human-labels go with --input-csv, not with --dataset; leave them out.")
 
 
 def _evaluate_pairs(model: str, is_encoder: bool, data: PairsArguments, options: EvaluateArguments) -> dict[str, Any]:
