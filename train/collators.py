@@ -174,9 +174,9 @@ def normalize(image_processor: Any, images: torch.Tensor) -> torch.Tensor:
     The second half of [`preprocess`], on the device of the images: `(images, 3, size, size)`, float32.
     """
     by = image_processor
-    return by.rescale_and_normalize(
-        images, by.do_rescale, by.rescale_factor, by.do_normalize, by.image_mean, by.image_std
-    )
+    # A processor keeps lists where it is given lists, and the method takes only what can be hashed.
+    mean, std = (tuple(value) if isinstance(value, list) else value for value in (by.image_mean, by.image_std))
+    return by.rescale_and_normalize(images, by.do_rescale, by.rescale_factor, by.do_normalize, mean, std)
 
 
 __all__ = [
