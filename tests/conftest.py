@@ -121,6 +121,15 @@ def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def bfloat16() -> Iterator[None]:
+    """Tests that ask for bfloat16 get it on every processor: on a few numbers it is fast enough anywhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sigphi.train.arguments.cpu_has_bfloat16", lambda: True)
+        patch.setattr("sigphi.train.precision.cpu_has_bfloat16", lambda: True)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def own_feature_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the features in the user's cache folder."""
     with pytest.MonkeyPatch.context() as patch:

@@ -209,6 +209,22 @@ def test_the_default_tracker_is_tensorboard_where_installed(monkeypatch, caplog,
     assert SiglipTrainingArguments(output_dir=str(tmp_path), report_to="none").report_to == []
 
 
+@pytest.mark.parametrize("arguments_class", [SiglipTrainingArguments, VlmTrainingArguments])
+@pytest.mark.parametrize(
+    ("use_cpu", "processor_has_it", "expected"), [(True, True, True), (True, False, False), (False, False, True)]
+)
+def test_bfloat16_is_left_where_the_processor_has_none(
+    monkeypatch, caplog, tmp_path, arguments_class, use_cpu, processor_has_it, expected
+):
+    monkeypatch.setattr(arguments_module, "cpu_has_bfloat16", lambda: processor_has_it)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: not use_cpu)
+    # What transformers asks a GPU for; there is none here.
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda *_, **__: True)
+    options = arguments_class(output_dir=str(tmp_path), report_to="none", bf16=True, use_cpu=use_cpu)
+    assert options.bf16 == expected
+    assert ("training is in float32" in caplog.text) == (not expected)
+
+
 @pytest.mark.parametrize("trackers", ["no_such_tracker", ["tensorboard", "no_such_tracker"]])
 def test_a_tracker_that_is_not_there_is_named_before_anything_loads(trackers, tmp_path, monkeypatch):
     monkeypatch.setattr(arguments_module, "get_available_reporting_integrations", lambda: ["tensorboard"])

@@ -14,6 +14,7 @@ from transformers.utils import is_bitsandbytes_available
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from sigphi.train.errors import UserError
+from sigphi.train.precision import cpu_has_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -252,7 +253,8 @@ class VlmModelArguments:
 class SigphiTrainingArguments(TrainingArguments):
     """
     What all trainings set beyond [`~transformers.TrainingArguments`]: TensorBoard is the default tracker where it is
-    installed, the collators read columns by name, and `use_cpu` is on where there is no accelerator.
+    installed, the collators read columns by name, `use_cpu` is on where there is no accelerator, and `bf16` is off on a
+    CPU without bfloat16, with a warning.
     """
 
     _argument_group_name = "training"
@@ -270,6 +272,12 @@ class SigphiTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             # Several CPU processes become one job only under this flag; without it each trains alone.
             self.use_cpu = True
+        if self.bf16 and not self.has_bfloat16:
+            logger.warning(
+                "training is in float32, as with --bf16 false: this processor has no arithmetic in bfloat16 and would "
+                "be many times slower with it"
+            )
+            self.bf16 = False
         super().__post_init__()
         available = get_available_reporting_integrations()
         for tracker in self.report_to:
@@ -278,6 +286,11 @@ class SigphiTrainingArguments(TrainingArguments):
                     f"--report-to {tracker}: transformers knows no such tracker, or its package is missing "
                     f"(pip install {tracker}); installed here: {', '.join(available) or 'none'}."
                 )
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether arithmetic in bfloat16 is no slower than in float32 where this training runs."""
+        return not self.use_cpu or cpu_has_bfloat16()
 
 
 @dataclass

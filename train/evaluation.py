@@ -28,6 +28,7 @@ from sigphi.train.encoder_options import EncoderEvaluationArguments, encoder_opt
 from sigphi.train.errors import UserError, run_command
 from sigphi.train.image_texts import hold_out, load_image_texts
 from sigphi.train.parser import parse_arguments
+from sigphi.train.precision import inference_dtype
 from sigphi.train.predictions import PREDICTIONS, write_samples
 from sigphi.train.records import EVAL_RESULTS, TRAINING_DATA, environment, write_json
 from sigphi.train.vlm_evaluation import evaluate_vlm
@@ -46,9 +47,9 @@ def load_for_evaluation(name: str) -> tuple[PreTrainedModel, Any]:
     processor = AutoProcessor.from_pretrained(name)
     if config.model_type == SigPhiConfig.model_type:
         check_token_counts(config, processor, name)
-        model = AutoModelForImageTextToText.from_pretrained(name)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=inference_dtype())
     else:
-        model = AutoModel.from_pretrained(name)
+        model = AutoModel.from_pretrained(name, dtype=inference_dtype())
         if not config.include_text_tower:
             model.load_text_tower()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

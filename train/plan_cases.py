@@ -216,7 +216,7 @@ class VlmCase(_Case):
             families = [smaller_budgets(self.training, int(self.lengths.max()))]
         if not self.training.gradient_checkpointing:
             families.append([_CHECKPOINTING])
-        if not self.training.bf16:
+        if not self.training.bf16 and self.training.has_bfloat16:
             families.append([{"bf16": True}])
         if self.model.tuning == "full":
             families.append(
@@ -307,7 +307,7 @@ class SiglipCase(_Case):
         ]
         if not self.training.gradient_checkpointing:
             families.append([{"gradient_checkpointing": True}])
-        if not self.training.bf16:
+        if not self.training.bf16 and self.training.has_bfloat16:
             families.append([{"bf16": True}])
         if self.model.train_text_tower:
             families.append([{"train_text_tower": False}])
