@@ -253,8 +253,8 @@ class VlmModelArguments:
 class SigphiTrainingArguments(TrainingArguments):
     """
     What all trainings set beyond [`~transformers.TrainingArguments`]: TensorBoard is the default tracker where it is
-    installed, the collators read columns by name, `use_cpu` is on where there is no accelerator, and `bf16` is off on a
-    CPU without bfloat16, with a warning.
+    installed, the collators read columns by name, `use_cpu` is on where there is no accelerator, and `bf16` is off on
+    a CPU without bfloat16, with a warning.
     """
 
     _argument_group_name = "training"
