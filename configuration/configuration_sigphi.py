@@ -35,7 +35,7 @@ class SigPhiConfig(HubCodeMixin, PreTrainedConfig):
 
     model_type = "sigphi"
     sub_configs: ClassVar[dict[str, Any]] = {"vision_config": SiglipResNetVisionConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache", "image_hidden_states"]
     hub_auto_map: ClassVar[dict[str, str]] = {
         "AutoConfig": "sigphi.configuration.configuration_sigphi.SigPhiConfig",
         "AutoModel": "sigphi.modeling.modeling_sigphi.SigPhiModel",

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, cached_file, is_peft_available
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import cached_file, is_peft_available
 from transformers.utils.generic import can_return_tuple
 
 from sigphi.configuration.configuration_sigphi import SigPhiConfig
@@ -41,6 +41,8 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_file
 SEGMENT_ATTENTION = ("eager", "sdpa", "flex_attention")
 # Logits of the loss that are in memory at a time: in float32 with their gradients a few hundred MB.
 LOGITS_AT_ONCE = 2**25
+# What transformers calls keys and values, in calls and in outputs: another name from 5.24 on.
+CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
 
 
 @dataclass
@@ -57,7 +59,7 @@ class SigPhiModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class SigPhiCausalLMOutputWithPast(ModelOutput):
+class SigPhiCausalLMOutputWithPast(CausalLMOutputWithPast):
     r"""
     Output of [`SigPhiForConditionalGeneration`].
 
@@ -65,15 +67,10 @@ class SigPhiCausalLMOutputWithPast(ModelOutput):
         loss (`torch.FloatTensor`, scalar): mean cross-entropy over the supervised tokens, with `labels`.
         logits (`torch.FloatTensor` of shape `(batch, length, vocab_size)`): scores before the softmax. `None` in
             training mode with `labels`, where only supervised positions reach the head.
-        past_key_values (`Cache`): keys and values for decoding.
+        cache (`Cache`): keys and values for decoding; `past_key_values` before transformers 5.24.
         image_hidden_states (`torch.FloatTensor` of shape `(images, num_image_tokens, hidden_size)`): the soft tokens.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
 
 
@@ -105,7 +102,7 @@ class SigPhiPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["PhiDecoderLayer", "SiglipResNetVisionModel"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -290,6 +287,7 @@ class SigPhiModel(SigPhiPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         segment_ids: torch.LongTensor | None = None,
         prefix_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> SigPhiModelOutputWithPast:
         """
@@ -316,6 +314,7 @@ class SigPhiModel(SigPhiPreTrainedModel):
                 come with `prefix_ids` and `position_ids`, and without `attention_mask` and `past_key_values`.
             prefix_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): the segment that each token sees
                 beside its own.
+            cache (`Cache`, *optional*): what transformers calls `past_key_values` before 5.24; either name will do.
 
         Raises:
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; if the number of placeholders
@@ -324,6 +323,7 @@ class SigPhiModel(SigPhiPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        cache = past_key_values if cache is None else cache
         if pixel_values is not None and image_features is not None:
             raise ValueError("Give `pixel_values` or `image_features`, not both.")
         placeholders = self.get_placeholder_mask(input_ids, inputs_embeds)  # (batch, length)
@@ -335,13 +335,13 @@ class SigPhiModel(SigPhiPreTrainedModel):
         if image_features is not None:
             soft_tokens = self.multi_modal_projector(image_features)  # (images, num_image_tokens, hidden_size)
             soft_tokens = soft_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
-        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        is_prefill = cache is None or cache.get_seq_length() == 0
         if is_prefill or soft_tokens is not None:
             _check_placeholders(placeholders, soft_tokens)
         if soft_tokens is not None:
             inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), soft_tokens)
         if segment_ids is not None:
-            if prefix_ids is None or position_ids is None or attention_mask is not None or past_key_values is not None:
+            if prefix_ids is None or position_ids is None or attention_mask is not None or cache is not None:
                 raise ValueError(
                     "`segment_ids` come with `prefix_ids` and `position_ids`, and without `attention_mask` and "
                     "`past_key_values`."
@@ -350,16 +350,16 @@ class SigPhiModel(SigPhiPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE: cache},
             **kwargs,
         )
         return SigPhiModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=soft_tokens,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def segment_mask(self, inputs_embeds: torch.Tensor, segment_ids: torch.Tensor, prefix_ids: torch.Tensor) -> Any:
@@ -496,6 +496,7 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> SigPhiCausalLMOutputWithPast:
         """
@@ -518,6 +519,7 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             **{name: value for name, value in kwargs.items() if name != "num_items_in_batch"},
         )
@@ -531,10 +533,10 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
         return SigPhiCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def _supervised_loss(

@@ -23,7 +23,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel, SiglipResNetVisionModel
-from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration, base_quantization
+from sigphi.modeling.modeling_sigphi import CACHE, SigPhiForConditionalGeneration, base_quantization
 from sigphi.train.arguments import (
     SiglipModelArguments,
     SiglipTrainingArguments,
@@ -498,7 +498,7 @@ def _run_vlm(model: Any, setup: VlmSetup, batch: VlmBatch, speed: Speed | None) 
         with run.inference("evaluation, questions"):
             before = run.meter.total
             questions = ids.prompts(rows, batch.longest) | image(rows)
-            cache = run.forward(**questions, use_cache=True, logits_to_keep=1).past_key_values
+            cache = run.forward(**questions, use_cache=True, logits_to_keep=1)[CACHE]
             del questions
             cached = run.meter.total - before
         del cache
