@@ -81,10 +81,16 @@ def _form(config: dict[str, Any]) -> str:
 def _results(results: dict[str, Any]) -> str:
     # An encoder's recalls stand in the table of its classes.
     figures = {name: value for name, value in results.items() if not name.startswith("recall/")}
-    rows = [f"| `{name}` | {value:.4f} |" for name, value in figures.items() if isinstance(value, (int, float))]
+    numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
+    rows = [f"| `{name}` | {figure_text(value)} |" for name, value in numbers.items()]
     if not rows:
         return "Not evaluated yet: `sigphi evaluate` writes the figures."
     return "\n".join(["| metric | value |", "| --- | --- |", *rows])
+
+
+def figure_text(value: float) -> str:
+    """A figure as tables show it: a count as it is, any other number with four decimals."""
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 def _scope(results: dict[str, Any]) -> str:
@@ -128,4 +134,4 @@ def _training(data: dict[str, Any]) -> str:
     return "\n".join(["| fact | value |", "| --- | --- |", *rows])
 
 
-__all__ = ["write_card"]
+__all__ = ["figure_text", "write_card"]

@@ -91,6 +91,22 @@ def test_accuracies_are_means_over_the_rows_that_have_them():
     )
 
 
+def test_rows_without_a_type_have_no_figures_of_a_type():
+    rows = [row("", "yes"), row("", "No"), row("mood", "calm")]
+    answers = {"": ["Yes.", "Yes.", "It is calm."], "_shuffled_image": ["Yes."] * 3, "_blank_image": ["No."] * 3}
+    results = answer_scores.answer_scores(rows, answers)
+    assert results["answer_accuracy"] == pytest.approx(2 / 3) and results["answer_count"] == 3
+    assert [name for name in results if "/" in name] == ["accuracy/mood", "image_gain/mood", "majority/mood"]
+
+
+def test_one_value_in_several_spellings_is_one_answer_of_the_majority():
+    rows = [row("object", short) for short in ("cat", "Cat", "kitten", "a dog")]
+    rows += [row("mood", short) for short in ("calm", "Calm.", "sad", "very sad")]
+    results = answer_scores.answer_scores(rows, {"": ["cat"] * 8, "_blank_image": ["cat"] * 8})
+    assert results["accuracy/object"] == results["majority/object"] == 3 / 4
+    assert results["majority/mood"] == 2 / 4
+
+
 def test_figures_carry_their_suffix_and_gains_are_real_minus_shuffled():
     rows = [row("object", "cat"), row("object", "dog", class_name="dog"), row("brightness", "dark")]
     answers = {"": ["cat", "dog", "dark"], "_blank_image": ["cat"] * 3, "_shuffled_image": ["dog", "cat", "dark"]}
@@ -186,6 +202,15 @@ FACTS = "object=cat; category=animal; dominant_color=gray; background_color=brow
 def test_facts_of_one_description(given, precision, recall):
     results = description_scores([row("description", FACTS)], [given])
     assert results == pytest.approx({"description_precision": precision, "description_recall": recall})
+
+
+def test_facts_count_by_what_they_mean_and_only_where_a_text_can_state_them():
+    # A text is not read for its mood, and "kitten" is what it calls a cat.
+    facts = "object=Kitten; mood=calm; brightness=very odd; dominant_color=grey"
+    given = "This image shows a kitten. The center is mostly gray."
+    results = description_scores([row("description", facts)], [given])
+    assert results == {"description_precision": 1, "description_recall": 1}
+    assert description_scores([row("description", "mood=calm")], [given]) == {}
 
 
 def test_facts_are_counted_over_all_descriptions():

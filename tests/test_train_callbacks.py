@@ -17,8 +17,8 @@ from transformers import TrainerControl, TrainerState
 
 from sigphi import VlmTrainingArguments
 from sigphi.train import vlm
-from sigphi.train.answer_scores import judged_rows
-from sigphi.train.callbacks import MIN_IMAGE_GAIN, LooksAtImageCallback, watched_rows
+from sigphi.train.answer_scores import MIN_IMAGE_GAIN, judged_rows
+from sigphi.train.callbacks import LooksAtImageCallback, watched_rows
 from sigphi.train.collators import VlmCollator
 from sigphi.train.data import distinct_images
 from sigphi.train.errors import UserError

@@ -64,7 +64,9 @@ def test_the_command_writes_results_and_card_and_prints_them(vlm_folder, toy_csv
     results = json.loads((vlm_folder / "eval_results.json").read_text())
     assert (results["metadata"]["images"], results["metadata"]["rows"]) == (20, 100)
     assert capsys.readouterr().out == results_table(results)
-    assert f"| `eval_loss` | {results['eval_loss']:.4f} |" in (vlm_folder / "README.md").read_text()
+    card = (vlm_folder / "README.md").read_text()
+    assert f"| `eval_loss` | {results['eval_loss']:.4f} |" in card
+    assert f"| `class_count` | {results['class_count']} |" in card and results["class_count"] == 20
 
 
 def test_a_folder_gives_the_figures_of_the_model_in_memory(tiny_vlm, tiny_vlm_processor, vlm_folder, toy_dataset):
@@ -91,7 +93,7 @@ def test_an_encoder_without_its_text_tower_is_evaluated_with_it(
 
 def test_the_table_has_a_line_for_every_number():
     table = results_table({"loss": 1.25, "accuracy/object": 0.5, "count": 3, "metadata": {"rows": 1}})
-    assert table == "loss             1.2500\naccuracy/object  0.5000\ncount            3.0000\n"
+    assert table == "loss             1.2500\naccuracy/object  0.5000\ncount            3\n"
 
 
 @pytest.mark.parametrize("option", ["--batch-size", "--max-new-tokens", "--max-images"])

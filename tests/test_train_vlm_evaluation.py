@@ -116,6 +116,38 @@ def test_a_model_that_names_what_it_is_shown_is_wrong_for_every_other_image(
     assert results["class_accuracy_shuffled_image"] == results["class_accuracy_blank_image"] == 0
 
 
+BLIND = "does not look at its image"
+
+
+def test_a_model_that_cannot_look_is_told_so(tiny_vlm, tiny_vlm_processor, toy_dataset, caplog):
+    torch.nn.init.zeros_(tiny_vlm.model.multi_modal_projector.linear_2.weight)
+    evaluate_vlm(tiny_vlm, tiny_vlm_processor, toy_dataset, max_new_tokens=2)
+    (line,) = [record.getMessage() for record in caplog.records if BLIND in record.getMessage()]
+    assert "+0.000" in line and line.startswith("WARNING")
+
+
+@pytest.mark.parametrize("has_types", [True, False])
+@pytest.mark.parametrize("looks", [True, False])
+def test_only_a_model_that_does_not_look_is_warned_of(
+    looks, has_types, monkeypatch, tiny_vlm, tiny_vlm_processor, toy_dataset, caplog
+):
+    dataset = toy_dataset.filter(lambda row: row["question_type"] == "object", load_from_cache_file=False)
+    dataset = dataset.map(lambda row: {"question": "What is in this image?"}, load_from_cache_file=False)
+    labels = distinct_images(dataset)[0]["label"]
+    shown = {image: CLASS_NAMES[label] if looks else "cat" for image, label in enumerate(labels)} | {None: "cat"}
+    answer_by(monkeypatch, lambda question, image: f"A {shown[image]}.")
+    evaluate_vlm(tiny_vlm, tiny_vlm_processor, dataset if has_types else without_types(dataset))
+    assert (BLIND in caplog.text) is not looks
+
+
+def test_refusals_alone_say_nothing_of_looking(monkeypatch, tiny_vlm, tiny_vlm_processor, toy_dataset, caplog):
+    refusals = toy_dataset.filter(lambda row: row["question_type"] == "refusal", load_from_cache_file=False)
+    answer_by(monkeypatch, lambda question, image: "I cannot tell.")
+    results = evaluate_vlm(tiny_vlm, tiny_vlm_processor, refusals)
+    assert results["image_gain"] == 0 and results["refusal_f1"] == 1
+    assert BLIND not in caplog.text
+
+
 def test_a_model_of_one_answer_reaches_the_majority(monkeypatch, tiny_vlm, tiny_vlm_processor, toy_dataset):
     pairs = zip(toy_dataset["question_type"], toy_dataset["short_answer"], strict=True)
     objects = [short for kind, short in pairs if kind == "object"]

@@ -11,16 +11,20 @@ from sigphi.train.facts import CLASS_NAMES
 from sigphi.train.judging import (
     asks_for_object,
     check_short_answer,
+    checkable_facts,
     is_correct,
     is_refusal,
     named_classes,
-    parse_facts,
+    plain_value,
     stated_facts,
 )
 from sigphi.train.metrics import majority_share, token_f1
 from sigphi.train.text_metrics import text_metrics_available, wording_scores
 
 SHUFFLED, BLANK = "_shuffled_image", "_blank_image"
+
+# A model that ignores its image gives the same answers with any, so that its gain is 0 but for rounding.
+MIN_IMAGE_GAIN = 0.05
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,8 @@ class JudgedRow:
         return self.names_class(given) if self.asks_object else None
 
     def facts(self) -> dict[str, str]:
-        """What a description may state, by attribute; empty for any other row."""
-        return parse_facts(self.short_answer) if self.question_type == "description" else {}
+        """What a description may state and be read for, by attribute; empty for any other row."""
+        return checkable_facts(self.short_answer) if self.question_type == "description" else {}
 
     def names_class(self, given: str) -> bool:
         """Whether `given` names CIFAR's class of the image, and no other."""
@@ -122,7 +126,8 @@ def accuracies(rows: Sequence[JudgedRow], given: Sequence[str]) -> dict[str, flo
         if row.is_checkable:
             verdict = is_correct(text, row.short_answer, row.question_type)
             scores["answer_accuracy"].append(verdict)
-            scores[f"accuracy/{row.question_type}"].append(verdict)
+            if row.question_type:
+                scores[f"accuracy/{row.question_type}"].append(verdict)
         if row.asks_object:
             scores["class_accuracy"].append(row.names_class(text))
     return {name: sum(values) / len(values) for name, values in scores.items()}
@@ -144,14 +149,43 @@ def _majorities(rows: Sequence[JudgedRow]) -> dict[str, float]:
     short_answers: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         if row.is_checkable:
-            short_answers[row.question_type].append(row.short_answer)
-    figures = {f"majority/{kind}": majority_share(values) for kind, values in sorted(short_answers.items())}
+            short_answers[row.question_type].append(plain_value(row.short_answer, row.question_type))
+    figures: dict[str, float] = {
+        f"majority/{kind}": majority_share(values) for kind, values in sorted(short_answers.items()) if kind
+    }
     if short_answers:
         figures["answer_count"] = sum(map(len, short_answers.values()))
     classes = [row.class_name for row in rows if row.asks_object]
     if classes:
         figures |= {"class_count": len(classes), "majority/class": majority_share(classes)}
     return figures
+
+
+def sees_nothing(rows: Sequence[JudgedRow], given: Sequence[str], given_other: Sequence[str]) -> str:
+    """
+    Whether a model answers with another image as well as with the right one.
+
+    Over the rows that have a verdict, without refusals, which are due whatever the image shows.
+
+    Args:
+        rows (`Sequence[JudgedRow]`): what was asked.
+        given, given_other (`Sequence[str]`): an answer a row, with the right image and with that of another class.
+
+    Returns:
+        `str`: one line that says so where the gain is below 0.05, else empty; empty also without such rows.
+    """
+    judged = [
+        (row.verdict(text), row.verdict(other))
+        for row, text, other in zip(rows, given, given_other, strict=True)
+        if row.question_type != "refusal"
+    ]
+    gains = [int(right) - int(wrong) for right, wrong in judged if right is not None and wrong is not None]
+    if not gains or sum(gains) >= MIN_IMAGE_GAIN * len(gains):
+        return ""
+    return (
+        f"the model does not look at its image: over {len(gains)} questions the right one brings "
+        f"{sum(gains) / len(gains):+.3f} accuracy against another one (image_gain)."
+    )
 
 
 def hallucination_rate(rows: Sequence[JudgedRow], given: Sequence[str]) -> dict[str, float]:
@@ -198,7 +232,7 @@ def description_scores(rows: Sequence[JudgedRow], given: Sequence[str]) -> dict[
     """
     How many of the facts that descriptions state are true, and how many of the true ones they state.
 
-    Over rows of type `"description"`, whose short answer lists the facts: `description_precision` is the share of all
+    Over rows of type `"description"`, whose short answer lists facts that a text is read for: `description_precision` is the share of all
     stated facts (of the listed attributes) that are true, 0 when none is stated; `description_recall` the share of all
     listed facts that are stated. Empty without such rows.
     """
@@ -216,6 +250,7 @@ def description_scores(rows: Sequence[JudgedRow], given: Sequence[str]) -> dict[
 
 __all__ = [
     "BLANK",
+    "MIN_IMAGE_GAIN",
     "SHUFFLED",
     "JudgedRow",
     "accuracies",
@@ -224,4 +259,5 @@ __all__ = [
     "hallucination_rate",
     "judged_rows",
     "refusal_scores",
+    "sees_nothing",
 ]

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sigphi.processing.processing_sigphi import SigPhiProcessor
-from sigphi.train.answer_scores import SHUFFLED, accuracies, judged_rows
+from sigphi.train.answer_scores import MIN_IMAGE_GAIN, SHUFFLED, accuracies, judged_rows
 from sigphi.train.data import distinct_images
 from sigphi.train.metrics import has_label_derangement
 from sigphi.train.trainers import VlmTrainer
@@ -19,8 +19,6 @@ from sigphi.train.vlm_evaluation import generate_answers, with_other_images
 
 logger = logging.getLogger(__name__)
 
-# A model that ignores its image gives the same answers with any, so that its gain is 0 but for rounding.
-MIN_IMAGE_GAIN = 0.05
 # Answers that one word decides are shorter; what goes on behind it is cut.
 _MAX_NEW_TOKENS = 40
 
@@ -144,4 +142,4 @@ def watched_rows(dataset: datasets.Dataset, count: int, seed: int) -> datasets.D
     return watched if can_swap else dataset.select([])
 
 
-__all__ = ["MIN_IMAGE_GAIN", "LooksAtImageCallback", "watched_rows"]
+__all__ = ["LooksAtImageCallback", "watched_rows"]

@@ -18,7 +18,7 @@ from transformers.hf_argparser import HfArg
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
 from sigphi.configuration.configuration_sigphi import SigPhiConfig
-from sigphi.hub_card.cards import write_card
+from sigphi.hub_card.cards import figure_text, write_card
 from sigphi.train.answer_scores import judged_rows
 from sigphi.train.arguments import PairsArguments
 from sigphi.train.checkpoints import check_token_counts, read_config
@@ -191,7 +191,7 @@ def results_table(results: dict[str, Any]) -> str:
     """The figures as aligned lines, one a metric."""
     figures = {name: value for name, value in results.items() if isinstance(value, (int, float))}
     width = max(map(len, figures))
-    return "".join(f"{name:<{width}}  {value:.4f}\n" for name, value in figures.items())
+    return "".join(f"{name:<{width}}  {figure_text(value)}\n" for name, value in figures.items())
 
 
 def main(argv: list[str] | None = None) -> None:

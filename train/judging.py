@@ -21,7 +21,7 @@ from sigphi.train.facts import (
     HABITAT_NAMES,
     VIVIDNESS_LEVELS,
 )
-from sigphi.train.questions import QUESTION_TYPES, REFUSAL
+from sigphi.train.questions import DESCRIBED, QUESTION_TYPES, REFUSAL
 
 # What [`stated_fact`] gives for a text that is neither true nor false of an image.
 SAYS_NOTHING = "nothing"
@@ -125,7 +125,8 @@ def is_correct(answer: str, short_answer: str, question_type: str) -> bool:
     type without [`competing_values`], holding the words of the short answer in a row is enough.
 
     Two types are judged otherwise. An answer to `refusal` is right when it [`is_refusal`]. A `description` is right
-    when it states the object, and every fact that it states ([`stated_facts`]) is among those of the short answer.
+    when it states the object, and every fact that it states ([`stated_facts`]) is among those of the short answer
+    ([`checkable_facts`]).
 
     It judges the value only, not the rest of the sentence: a fluent but false answer can pass.
 
@@ -144,7 +145,7 @@ def is_correct(answer: str, short_answer: str, question_type: str) -> bool:
         return is_refusal(answer)
     if question_type == "description":
         stated = stated_facts(answer)
-        return "object" in dict(stated) and stated <= set(parse_facts(short_answer).items())
+        return "object" in dict(stated) and stated <= set(checkable_facts(short_answer).items())
     table = _WORD_TABLES.get(question_type, {})
     words = _words(answer)
     if len(wanted) == 1 and wanted[0] in table:
@@ -201,6 +202,27 @@ def parse_facts(short_answer: str) -> dict[str, str]:
             f"{short_answer!r}"
         )
     return {name.strip(): value.strip() for name, value in pairs}
+
+
+def plain_value(short_answer: str, question_type: str) -> str:
+    """A short answer in the one spelling in which answers are compared: "cat" for "Cat" and "kitten", else its words.
+
+    Empty for one without a word.
+    """
+    words = _words(short_answer)
+    table = _WORD_TABLES.get(question_type, {})
+    return table.get(words[0], words[0]) if len(words) == 1 else " ".join(words)
+
+
+def checkable_facts(short_answer: str) -> dict[str, str]:
+    """
+    Those of [`parse_facts`] that [`stated_facts`] can find in a text, each with its [`plain_value`].
+
+    Raises:
+        ValueError: as [`parse_facts`] does.
+    """
+    facts = {name: plain_value(value, name) for name, value in parse_facts(short_answer).items()}
+    return {name: value for name, value in facts.items() if name in DESCRIBED and value in competing_values(name)}
 
 
 def check_short_answer(question_type: str, short_answer: str) -> None:
@@ -412,12 +434,14 @@ __all__ = [
     "SAYS_NOTHING",
     "asks_for_object",
     "check_short_answer",
+    "checkable_facts",
     "competing_values",
     "is_correct",
     "is_refusal",
     "known_facts",
     "named_classes",
     "parse_facts",
+    "plain_value",
     "stated_fact",
     "stated_facts",
 ]

@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration
 from sigphi.processing.processing_sigphi import SigPhiProcessor
-from sigphi.train.answer_scores import BLANK, SHUFFLED, answer_scores, judged_rows
+from sigphi.train.answer_scores import BLANK, SHUFFLED, answer_scores, judged_rows, sees_nothing
 from sigphi.train.batch_log import BatchLog, discard, finished_batches
 from sigphi.train.collators import VlmCollator, preprocess
 from sigphi.train.data import distinct_images
@@ -157,7 +157,7 @@ def evaluate_vlm(
     Loss, accuracy against ground truth, and what looking at the image is worth.
 
     Each question is answered three times: with its image, with the image of another row (a seeded permutation of the
-    images in which none keeps its label), and with a gray one.
+    images in which none keeps its label), and with a gray one. A warning says when the right image is worth nothing.
 
     Args:
         model (`SigPhiForConditionalGeneration`): the VLM.
@@ -195,7 +195,11 @@ def evaluate_vlm(
     given = {name: answers[number * num_rows :][:num_rows] for number, name in enumerate(names)}
     loss = supervised_loss(model, processor, features, image_indices[""], dataset, batch_size)
     model.train(was_training)
-    results = answer_scores(rows, {name: [one.text for one in part] for name, part in given.items()})
+    texts = {name: [one.text for one in part] for name, part in given.items()}
+    results = answer_scores(rows, texts)
+    finding = sees_nothing(rows, texts[""], texts[SHUFFLED]) if SHUFFLED in texts else ""
+    if finding:
+        logger.warning("WARNING: %s", finding)
     if predictions_file is not None and log_folder is not None:
         write_predictions(predictions_file, dataset, rows, given)
         discard(log_folder)
