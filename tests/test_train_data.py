@@ -178,11 +178,21 @@ def test_a_short_answer_that_nothing_can_be_judged_by_is_refused(
         ((",".join(HEADER) + "\n1,,,,,,,,,,\n").encode(), "holds no pair of a question and an answer; fill Q1 and A1"),
         (b"Dataset_Index,Q1,A1\n1,Q?,A.\n", "no column Q2, A2, Q3, .*; the header has Dataset_Index, Q1, A1"),
         (b"Dataset_Index;Q1;A1\n1;Q?;A.\n", "no column Dataset_Index, .*; the header has Dataset_Index;Q1;A1"),
+        (b'Dataset_Index\tQ1\tA1\n1\t"Q,\nQ?"\tA, a\n', "no column Dataset_Index, .*; the header has Dataset_Index"),
         ((",".join([*HEADER, "Q1"]) + "\n" + "1," * 11 + "\n").encode(), "2 columns are named Q1; rename or remove"),
         ((",".join(HEADER) + "\n1,Q,A\n").encode(), "line 2: 3 cells, but the header has 11; put cells with commas"),
         ((",".join(HEADER) + '\n1,"Q' + "," * 9 + "\n").encode(), "line 2: this is not CSV"),
-        ((",".join(HEADER) + "\n1,caf\xe9" + "," * 9 + "\n").encode("latin-1"), "is not text in UTF-8 .*; save it as"),
-        (b"\x89PNG\r\n\x1a\n\x00\x00", "is not text in UTF-8"),
+        (
+            (",".join(HEADER) + "\n1,caf\xe9" + "," * 9 + "\n").encode("latin-1"),
+            "line 2, is not text in UTF-8; save it as",
+        ),
+        # Further on than a file is read at once.
+        (
+            (",".join(HEADER) + "\n" + ("1," + "q" * 98 + ",A" + "," * 8 + "\n") * 999 + "1,\xe9\n").encode("latin-1"),
+            "line 1001, is not text in UTF-8",
+        ),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "line 1, is not text in UTF-8"),
+        ((",".join(HEADER) + "\n").encode("utf-16"), "line 1, is not text in UTF-8"),
     ],
 )
 def test_a_file_that_is_no_sound_csv_is_refused(qa_csv: Path, content: bytes, message: str) -> None:

@@ -381,6 +381,10 @@ def test_a_type_with_one_short_answer_is_constant_but_for_refusals(qa_csv: Path)
     for position, cells in enumerate(rows):
         cells |= {"Q1": f"How bright is part {position}?", "A1": f"Part {position} is dark."}
     assert check(write(qa_csv, rows, ["T1", "S1"]))["constant answer"] == ("type brightness: 'dark' 100 of 100 times",)
+    for number, fields in enumerate(rows):
+        fields["S1"] = ("dark", "Dark", " DARK.")[number % 3]
+    (place,) = check(write(qa_csv, rows, ["T1", "S1"]))["constant answer"]
+    assert place == "type brightness: 'dark' 100 of 100 times"
     rows = constant_rows(0, T1="refusal", S1="cannot tell")
     for cells in rows:
         cells["A1"] = "I cannot tell."

@@ -232,9 +232,9 @@ def description_scores(rows: Sequence[JudgedRow], given: Sequence[str]) -> dict[
     """
     How many of the facts that descriptions state are true, and how many of the true ones they state.
 
-    Over rows of type `"description"`, whose short answer lists facts that a text is read for: `description_precision` is the share of all
-    stated facts (of the listed attributes) that are true, 0 when none is stated; `description_recall` the share of all
-    listed facts that are stated. Empty without such rows.
+    Over rows of type `"description"`, whose short answer lists facts that a text is read for: `description_precision`
+    is the share of all stated facts (of the listed attributes) that are true, 0 when none is stated;
+    `description_recall` the share of all listed facts that are stated. Empty without such rows.
     """
     stated = true = both = 0
     described = [(row.facts(), text) for row, text in zip(rows, given, strict=True) if row.facts()]

@@ -13,7 +13,14 @@ import pyarrow.compute as pc
 
 from sigphi.train.check_report import Findings
 from sigphi.train.facts import CLASS_NAMES, image_facts
-from sigphi.train.judging import CLASS_OF_WORD, asks_for_object, competing_values, is_correct, named_classes
+from sigphi.train.judging import (
+    CLASS_OF_WORD,
+    asks_for_object,
+    competing_values,
+    is_correct,
+    named_classes,
+    plain_value,
+)
 from sigphi.train.lenient_csv import iterate_rows
 from sigphi.train.qa_csv import IMAGE_PLACEHOLDER, faulty_short_answers
 from sigphi.train.questions import QUESTION_TYPES
@@ -277,9 +284,11 @@ class Repetitions:
 
     def _report_constant_types(self, findings: Findings) -> None:
         totals: Counter[str] = Counter()
-        for (question_type, _), count in self._values_of_type.items():
+        values: Counter[tuple[str, str]] = Counter()
+        for (question_type, short_answer), count in self._values_of_type.items():
             totals[question_type] += count
-        for (question_type, value), count in self._values_of_type.items():
+            values[question_type, plain_value(short_answer, question_type)] += count
+        for (question_type, value), count in values.items():
             total = totals[question_type]
             if total >= _MIN_ASKED and count > _MAX_SHARE * total and question_type != _CONSTANT_TYPE:
                 place = f"type {question_type}: {value!r} {count} of {total} times"

@@ -1,6 +1,7 @@
 """The CSV of questions and answers about CIFAR-10 images: read it and check it."""
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,7 @@ def read_pairs(path: Path, image_split: str | None, on_faulty: str) -> tuple[pd.
     """The kept pairs with `dataset_index` still as text, and how many were empty and faulty."""
     if on_faulty not in ("error", "skip"):
         raise UserError(f"--on-faulty-answers {on_faulty}: it has to be error or skip.")
-    header, lines, cells = _read_cells(path, "--input-csv")
-    _check_columns(path, header, REQUIRED_COLUMNS)
+    header, lines, cells = _read_cells(path, "--input-csv", REQUIRED_COLUMNS)
     wide = pd.DataFrame(cells, columns=header, dtype=str)
     wide["Split"] = _row_splits(path, wide, lines, image_split)
     rows = one_row_a_pair(wide, lines)
@@ -103,8 +103,7 @@ def read_questions(path: Path, image_split: str | None) -> pd.DataFrame:
     Raises:
         UserError: for anything wrong with the file but its indices, see [`with_checked_indices`].
     """
-    header, lines, cells = _read_cells(path, "--questions-csv")
-    _check_columns(path, header, ("Dataset_Index", "Q1"))
+    header, lines, cells = _read_cells(path, "--questions-csv", ("Dataset_Index", "Q1"))
     wide = pd.DataFrame(cells, columns=header, dtype=str)
     wide["Split"] = _row_splits(path, wide, lines, image_split)
     rows = one_row_a_pair(wide, lines).assign(answer="")
@@ -115,23 +114,33 @@ def read_questions(path: Path, image_split: str | None) -> pd.DataFrame:
     return rows
 
 
-def _read_cells(path: Path, option: str) -> tuple[list[str], list[int], list[list[str]]]:
+def _read_cells(path: Path, option: str, required: Sequence[str]) -> tuple[list[str], list[int], list[list[str]]]:
     """The header, and for each further row that is not blank the line it starts on and its cells."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             # Not pandas: it neither knows the line of a row behind cells of several lines nor refuses short rows.
             reader = csv.reader(file, strict=True)
             header = [name.strip() for name in next(reader, [])]
+            if header:
+                # First, since the rows of a file with another separator look broken, too.
+                _check_columns(path, header, required)
             lines, cells = _read_rows(path, reader, len(header))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; give a CSV file by {option}.") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text in UTF-8 (byte {error.start}); save it as CSV in UTF-8.") from error
+        line = _first_line_of_no_utf8(path)
+        raise UserError(f"{path}, line {line}, is not text in UTF-8; save it as CSV in UTF-8.") from error
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: this is not CSV ({error}).") from error
     if not cells:
         raise UserError(f"{path} is empty; it needs a header and at least one row.")
     return header, lines, cells
+
+
+def _first_line_of_no_utf8(path: Path) -> int:
+    # What the decoder says counts from where it last read, not from the start of the file.
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return next(number for number, line in enumerate(file, 1) if re.search("[\udc80-\udcff]", line))
 
 
 def _read_rows(path: Path, reader: Any, num_columns: int) -> tuple[list[int], list[list[str]]]:
