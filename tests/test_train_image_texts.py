@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
 from sigphi.train.errors import UserError
 from sigphi.train.image_texts import StoredImages, hold_out, load_image_texts
 
@@ -143,14 +144,17 @@ def test_an_image_is_held_out_whatever_stands_beside_it(tmp_path):
         hold_out(rows.select(range(3)), 0.001, seed=1)
 
 
-def test_images_are_what_the_processor_makes_of_them(tmp_path, image_processor):
-    pictures = [picture(0, (50, 20)), picture(1, (32, 32)).convert("L"), picture(2, (9, 70)).convert("RGBA")]
+def test_images_are_what_the_processor_makes_of_them(tmp_path, shared):
+    processor = SiglipResNetProcessor(shared["image_processor"], shared["tokenizer"])
+    clear = picture(2, (9, 70)).convert("RGBA")
+    clear.putalpha(picture(3, (9, 70)).convert("L"))
+    deep = Image.fromarray(257 * np.asarray(picture(4).convert("L")).astype(np.uint16))  # 16 bits
+    pictures = [picture(0, (50, 20)), picture(1, (32, 32)).convert("L"), clear, picture(5).convert("P"), deep]
     rows = datasets.Dataset.from_dict({"image": pictures}).cast_column("image", datasets.Image())
-    stored = StoredImages(rows, image_processor)
-    assert len(stored) == 3 and stored[torch.tensor([2, 0])].dtype == torch.uint8
-    expected = image_processor([one.convert("RGB") for one in pictures], return_tensors="pt")["pixel_values"]
-    made = stored.all() / 127.5 - 1
-    torch.testing.assert_close(made, expected, atol=1e-6, rtol=0)
+    stored = StoredImages(rows, processor.image_processor)
+    assert len(stored) == 5 and stored[torch.tensor([2, 0])].dtype == torch.uint8
+    expected = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(stored.all() / 127.5 - 1, expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(stored[torch.tensor([2, 0])], stored.all()[[2, 0]], atol=0, rtol=0)
 
 

@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from PIL.Image import DecompressionBombError
 from tqdm.auto import tqdm
 
+from sigphi.processing.processing_siglip_resnet import to_rgb
 from sigphi.train.collators import resize
 from sigphi.train.data import held_out
 from sigphi.train.errors import UserError
@@ -54,7 +55,7 @@ def load_image_texts(
         UserError: if there is no such set, configuration, split or column, a column holds something else, no row has
             an image and a text, or the Hub cannot be reached.
     """
-    rows = _checked_columns(_read(source, config, split), f"--dataset {source}", image_column, text_column)
+    rows = _checked_columns(read_set(source, config, split), f"--dataset {source}", image_column, text_column)
     digests = rows.select_columns(["image"]).map(
         _digest, remove_columns=["image"], keep_in_memory=True, desc="reading images"
     )["digest"]
@@ -76,7 +77,10 @@ def load_image_texts(
     return datasets.concatenate_datasets([images, columns], axis=1)
 
 
-def _read(source: str, config: str | None, split: str) -> datasets.Dataset:
+def read_set(source: str, config: str | None = None, split: str = "train") -> datasets.Dataset:
+    """
+    One split of any set; arguments and errors as of [`load_image_texts`].
+    """
     try:
         if Path(source, "state.json").exists():
             return datasets.load_from_disk(source)
@@ -94,13 +98,22 @@ def _read(source: str, config: str | None, split: str) -> datasets.Dataset:
     return splits[split]
 
 
-def _checked_columns(rows: datasets.Dataset, place: str, image_column: str, text_column: str) -> datasets.Dataset:
-    """The columns `image`, as files, and `text`."""
-    for option, name in (("--image-column", image_column), ("--text-column", text_column)):
-        if name not in rows.column_names:
-            raise UserError(f"{place} has no column {name!r}; give {option} one of {', '.join(rows.column_names)}.")
+def check_image_column(rows: datasets.Dataset, place: str, image_column: str) -> None:
+    """Raise a [`UserError`] unless `rows`, read from `place`, has such a column of `datasets.Image`."""
+    _check_column(rows, place, "--image-column", image_column)
     if not isinstance(rows.features[image_column], datasets.Image):
         raise UserError(f"{place}, column {image_column}: {rows.features[image_column]}, it has to be images.")
+
+
+def _check_column(rows: datasets.Dataset, place: str, option: str, name: str) -> None:
+    if name not in rows.column_names:
+        raise UserError(f"{place} has no column {name!r}; give {option} one of {', '.join(rows.column_names)}.")
+
+
+def _checked_columns(rows: datasets.Dataset, place: str, image_column: str, text_column: str) -> datasets.Dataset:
+    """The columns `image`, as files, and `text`."""
+    check_image_column(rows, place, image_column)
+    _check_column(rows, place, "--text-column", text_column)
     text = rows.features[text_column]
     value = text.feature if isinstance(text, (datasets.List, datasets.LargeList)) else text
     if not (isinstance(value, datasets.Value) and value.dtype in ("string", "large_string")):
@@ -165,7 +178,7 @@ def pairs_facts(rows: datasets.Dataset) -> dict[str, Any]:
 
 class StoredImages:
     """
-    The images of a data set in the size of a model, decoded whenever they are asked for.
+    The images of a data set in the size of a model, decoded whenever they are asked for; of any mode, see [`to_rgb`].
 
     Args:
         images (`datasets.Dataset`): with a column `image`.
@@ -178,7 +191,7 @@ class StoredImages:
     def __init__(self, images: datasets.Dataset, image_processor: Any) -> None:
         self._images = images.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
         self._image_processor = image_processor
-        self._decoder = datasets.Image(mode="RGB")
+        self._decoder = datasets.Image()
 
     def __len__(self) -> int:
         return len(self._images)
@@ -192,7 +205,7 @@ class StoredImages:
     def _decoded(self, row: int, file: dict[str, Any]) -> torch.Tensor:
         """`(3, height, width)`, uint8, in the size of the file."""
         try:
-            picture = self._decoder.decode_example(file)
+            picture = to_rgb(self._decoder.decode_example(file))
         except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
             raise UserError(f"image {row} of the training and held-out images cannot be decoded ({error}).") from error
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
@@ -203,4 +216,4 @@ class StoredImages:
         return torch.cat([self[part] for part in tqdm(parts, desc="decoding images", disable=None, leave=False)])
 
 
-__all__ = ["StoredImages", "hold_out", "load_image_texts", "pairs_facts"]
+__all__ = ["StoredImages", "check_image_column", "hold_out", "load_image_texts", "pairs_facts", "read_set"]

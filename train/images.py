@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
+from sigphi.processing.processing_siglip_resnet import to_rgb
 from sigphi.train.errors import UserError
 from sigphi.train.facts import CLASS_NAMES
 from sigphi.train.synthetic import IMAGE_FEATURES, synthetic_images
@@ -174,7 +175,7 @@ def decode_images(images: datasets.Dataset, indices: Sequence[int]) -> torch.Ten
         indices (`Sequence[int]`): rows of `images`, in any order, with repeats, at least one.
 
     Returns:
-        `torch.Tensor` of shape `(len(indices), 3, height, width)`, uint8: RGB.
+        `torch.Tensor` of shape `(len(indices), 3, height, width)`, uint8: RGB, see [`to_rgb`].
 
     Raises:
         UserError: if the images differ in size.
@@ -183,11 +184,11 @@ def decode_images(images: datasets.Dataset, indices: Sequence[int]) -> torch.Ten
     if len(indices) == 0:
         raise ValueError("`indices` has to hold at least one row: without an image there is no size.")
     distinct, position = np.unique(np.asarray(indices), return_inverse=True)
-    decoder = datasets.Image(mode="RGB")
+    decoder = datasets.Image()
     encoded = images.select_columns(["img"]).cast_column("img", datasets.Image(decode=False)).select(distinct)
     decoded: list[np.ndarray] = []
     for index, row in zip(distinct, encoded, strict=True):
-        pixels = np.asarray(decoder.decode_example(row["img"]))  # (height, width, 3)
+        pixels = np.asarray(to_rgb(decoder.decode_example(row["img"])))  # (height, width, 3)
         if decoded and pixels.shape != decoded[0].shape:
             raise UserError(
                 f"image {index} is {pixels.shape[1]}x{pixels.shape[0]} pixels, image {distinct[0]} is "
