@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -132,6 +133,22 @@ def test_a_folder_with_parquet_files_or_a_split_is_a_set(tmp_path):
     pictures = search_index.find_pictures(str(tmp_path), None)
     assert (pictures.names[:2], pictures.split) == (["test:0", "test:1"], "test")
     assert isinstance(pictures.cells.features["img"], ImageFeature)
+
+
+def test_any_set_is_indexed_by_its_column_of_pictures(folder, tmp_path, capsys):
+    pictures = search_index.load_images(SET, "train")["img"][:4]
+    rows = Dataset.from_dict({"jpg": [*pictures, None], "caption": [["a"], [], ["b"], ["c"], ["d"]]})
+    DatasetDict({"odd": rows.cast_column("jpg", ImageFeature())}).save_to_disk(tmp_path / "captions")
+    words = ["build", tmp_path / "x.index", "--encoder", folder / "encoder", "--dataset", tmp_path / "captions"]
+    assert "no column 'image'" in fails(capsys, *words, "--dataset-split", "odd")
+    words += ["--dataset-split", "odd", "--image-column", "jpg"]
+    assert "picture odd:4 cannot be read (the row has no picture)" in fails(capsys, *words)
+    assert "4 images of" in run(capsys, *words, "--skip-broken", "true")
+    index, same = load_index(tmp_path / "x.index"), load_index(folder / "set.index")
+    assert (index.names, index.labels) == ([f"odd:{row}" for row in range(4)], [None] * 4)
+    np.testing.assert_allclose(index.embeddings, same.embeddings[:4], atol=1e-5)
+    run(capsys, tmp_path / "x.index", "--image", "odd:2", "--grid", tmp_path / "grid.png")
+    assert [one.tobytes() for one in stored_pictures(index, [3, 1])] == [pictures[3].tobytes(), pictures[1].tobytes()]
 
 
 def test_the_batch_size_does_not_matter(folder, tmp_path):
@@ -340,6 +357,9 @@ def test_a_set_that_has_shrunk_is_noticed(folder):
         ("build {x} --encoder {encoder} --images {empty}", ["--images {empty}", "no picture in this folder"]),
         ("build {x} --encoder {encoder} --images {none}", ["{none}", "no such folder"]),
         ("build {x} --encoder {encoder} --images synthetic --image-split dev", ["'dev'", "--image-split", "train"]),
+        ("build {x} --encoder {encoder} --images synthetic --image-column jpg", ["--image-column has no use without"]),
+        ("build {x} --encoder {encoder} --images synthetic --dataset {empty}", ["--images has no use with --dataset"]),
+        ("build {x} --encoder {encoder} --dataset {none}", ["--dataset {none}: it cannot be loaded"]),
         ("build {x} --encoder {encoder} --images synthetic --batch-size 0", ["--batch-size must be at least 1"]),
         ("build {none}/x --encoder {encoder} --images synthetic", ["INDEX {none}/x", "create it first"]),
         ("build {cat.png} --encoder {encoder} --images synthetic", ["{cat.png} exists and is no index"]),

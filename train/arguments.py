@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,13 +72,17 @@ class PairsArguments(QaArguments):
     def check_source(self) -> None:
         """As that of [`QaArguments`]; and what belongs to the other source may not be given."""
         of_csv = ("input_csv", "images", "image_split", "on_faulty_answers")
-        of_dataset = ("dataset_config", "dataset_split", "image_column", "text_column")
-        for name in of_dataset if self.dataset is None else of_csv:
-            if getattr(self, name) != getattr(PairsArguments, name):
-                place = "without" if self.dataset is None else "with"
-                raise UserError(f"--{name.replace('_', '-')} has no use {place} --dataset: leave one of them out.")
+        refuse_other_source(self, of_csv, ("dataset_config", "dataset_split", "image_column", "text_column"))
         if self.dataset is None:
             super().check_source()
+
+
+def refuse_other_source(arguments: Any, of_others: Sequence[str], of_dataset: Sequence[str]) -> None:
+    """Raise a [`UserError`] if an option was given that goes with `--dataset` without it, or the other way round."""
+    for name in of_dataset if arguments.dataset is None else of_others:
+        if getattr(arguments, name) != getattr(type(arguments), name):
+            place = "without" if arguments.dataset is None else "with"
+            raise UserError(f"--{name.replace('_', '-')} has no use {place} --dataset: leave one of them out.")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 ```bash
 sigphi search build cifar10.index --encoder outputs/siglip --images uoft-cs/cifar10
+sigphi search build own.index --encoder outputs/own --dataset captions --image-column jpg
 ```
 """
 
@@ -30,9 +31,11 @@ from transformers.hf_argparser import HfArg
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel
 from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor, to_rgb
+from sigphi.train.arguments import refuse_other_source
 from sigphi.train.checkpoints import hub_commit, read_config
 from sigphi.train.errors import UserError, printable
 from sigphi.train.fingerprints import digest, tensor_parts
+from sigphi.train.image_texts import check_image_column, read_set
 from sigphi.train.images import load_images
 from sigphi.train.parser import parse_arguments
 from sigphi.train.records import durable_name
@@ -59,8 +62,10 @@ class IndexFacts:
         encoder (`str`): the folder or Hub id that it was built by.
         encoder_revision (`str`, *optional*): the commit of a Hub id.
         encoder_sha256 (`str`): see [`encoder_fingerprint`].
-        images (`str`): a folder, or a source of [`load_images`].
+        images (`str`): a folder, or a source of [`load_images`] or of [`read_set`].
         image_split (`str`, *optional*): the split of a set; `None` for a folder of picture files.
+        image_column (`str`, *optional*): the column of a set of [`read_set`]; `None` for all others.
+        dataset_config (`str`, *optional*): the configuration of such a set.
         sigphi (`str`): the version that wrote it.
         format (`int`): of the file; another one cannot be read.
     """
@@ -70,6 +75,8 @@ class IndexFacts:
     encoder_sha256: str
     images: str
     image_split: str | None
+    image_column: str | None = None
+    dataset_config: str | None = None
     sigphi: str = version("sigphi")
     format: int = _FORMAT
 
@@ -112,6 +119,8 @@ def build_index(
     encoder_revision: str | None = None,
     batch_size: int = 128,
     skip_broken: bool = False,
+    image_column: str | None = None,
+    dataset_config: str | None = None,
 ) -> tuple[int, list[str]]:
     """
     Embed pictures and write the index, a Parquet file that appears whole or not at all.
@@ -123,7 +132,7 @@ def build_index(
     Args:
         output (`str` or `Path`): the file to write; an index that exists is replaced.
         encoder (`str`): folder or Hub id of the encoder; its text tower is not needed.
-        images, image_split (`str`): see [`find_pictures`].
+        images, image_split, image_column, dataset_config (`str`): see [`find_pictures`].
         encoder_revision (`str`, *optional*): of a Hub id.
         batch_size (`int`, *optional*, defaults to 128): images in a step.
         skip_broken (`bool`, *optional*, defaults to `False`): leave pictures out that cannot be read.
@@ -137,7 +146,7 @@ def build_index(
     output = Path(output)
     _check_output(output)
     read_config(encoder, "--encoder", SiglipResNetConfig.model_type, revision=encoder_revision)
-    pictures = find_pictures(images, image_split)
+    pictures = find_pictures(images, image_split, image_column, dataset_config)
     revision = None if Path(encoder).is_dir() else hub_commit(encoder, encoder_revision)
     model, processor = load_encoder(encoder, "--encoder", revision)
     facts = IndexFacts(
@@ -146,6 +155,8 @@ def build_index(
         encoder_sha256=encoder_fingerprint(model, processor),
         images=durable_name(images),
         image_split=pictures.split,
+        image_column=image_column,
+        dataset_config=dataset_config,
     )
     schema = _schema(model.config.projection_dim).with_metadata({_METADATA_KEY: json.dumps(asdict(facts))})
     broken: list[str] = []
@@ -155,7 +166,7 @@ def build_index(
             for batch in _batches(pictures, model, processor, batch_size, broken if skip_broken else None):
                 writer.write_batch(pa.RecordBatch.from_pydict(batch, schema=schema))
         if len(broken) == len(pictures.names):
-            raise UserError(f"--images {images}: none of its {len(broken)} pictures can be read.")
+            raise UserError(f"{images}: none of its {len(broken)} pictures can be read.")
         os.replace(unfinished, output)
     except OSError as error:
         raise UserError(f"INDEX {output} cannot be written: {error.strerror}.") from error
@@ -184,13 +195,18 @@ def _schema(dim: int) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=name == "label") for name, kind in columns.items()])
 
 
-def find_pictures(images: str, split: str | None) -> Pictures:
+def find_pictures(
+    images: str, split: str | None, image_column: str | None = None, dataset_config: str | None = None
+) -> Pictures:
     """
     The pictures to be indexed.
 
     Args:
-        images (`str`): a folder with picture files at any depth, or a source of [`load_images`].
+        images (`str`): a folder with picture files at any depth, or a source of [`load_images`]; with `image_column`
+            one of [`read_set`].
         split (`str`, *optional*): of a set, `"test"` by default. With it, a folder is always read as a set.
+        image_column (`str`, *optional*): where the pictures are in a set of any columns.
+        dataset_config (`str`, *optional*): the configuration of such a set that has several.
 
     Returns:
         `Pictures`: of a folder in the order of their names, of a set in its own.
@@ -199,12 +215,19 @@ def find_pictures(images: str, split: str | None) -> Pictures:
         UserError: if there are no pictures.
     """
     folder = Path(images)
-    if split is None and folder.is_dir() and not _holds_a_set(folder):
+    if split is None and image_column is None and folder.is_dir() and not _holds_a_set(folder):
         return _files_of(folder)
     split = split or "test"
-    rows = load_images(images, split)
-    classes = rows.features["label"].names
-    labels = [classes[label] for label in rows["label"]]
+    labels: list[str | None]
+    if image_column is None:
+        rows = load_images(images, split)
+        classes = rows.features["label"].names
+        labels = [classes[label] for label in rows["label"]]
+    else:
+        rows = read_set(images, dataset_config, split)
+        check_image_column(rows, f"--dataset {images}", image_column)
+        rows = rows.select_columns([image_column]).rename_column(image_column, "img")
+        labels = [None] * len(rows)
     names = [f"{split}:{row}" for row in range(len(rows))]
     return Pictures(names, labels, rows.cast_column("img", datasets.Image(decode=False)), split)
 
@@ -257,13 +280,15 @@ def _batches(
 def _note_broken(name: str, error: Exception, broken: list[str] | None) -> None:
     fault = f"{printable(name)} cannot be read ({printable(str(error))})"
     if broken is None:
-        raise UserError(f"--images: {fault}; remove it, or leave such pictures out by --skip-broken true.") from error
+        raise UserError(f"picture {fault}; remove it, or leave such pictures out by --skip-broken true.") from error
     logger.warning("%s: left out.", fault)
     broken.append(name)
 
 
-def encoded_bytes(cell: dict[str, Any]) -> bytes:
-    """The file behind a cell of `datasets.Image(decode=False)`."""
+def encoded_bytes(cell: dict[str, Any] | None) -> bytes:
+    """The file behind a cell of `datasets.Image(decode=False)`; raises a `ValueError` where there is none."""
+    if cell is None:
+        raise ValueError("the row has no picture")
     return Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
 
 
@@ -360,7 +385,7 @@ def stored_pictures(index: SearchIndex, rows: Sequence[int]) -> list[Image.Image
     if facts.image_split is None:
         cells = [{"bytes": None, "path": str(Path(facts.images, name))} for name in names]
     else:
-        pictures = find_pictures(facts.images, facts.image_split)
+        pictures = find_pictures(facts.images, facts.image_split, facts.image_column, facts.dataset_config)
         place = {name: row for row, name in enumerate(pictures.names)}
         gone = [name for name in names if name not in place]
         if gone:
@@ -393,6 +418,12 @@ class SearchBuildArguments:
         "download folder, or 'synthetic'.",
         default="uoft-cs/cifar10",
     )
+    dataset: str | None = HfArg(
+        help="Instead of --images: any set with a column of pictures, a Hub id or a folder.", default=None
+    )
+    dataset_config: str | None = HfArg(help="Configuration of a --dataset that has several.", default=None)
+    dataset_split: str = HfArg(help="Split of --dataset.", default="train")
+    image_column: str = HfArg(help="Column of --dataset with the pictures.", default="image")
     image_split: str | None = HfArg(
         help="Split of a set; 'test' without it. With it, a folder is read as a set.", default=None
     )
@@ -404,6 +435,13 @@ class SearchBuildArguments:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UserError(f"--batch-size must be at least 1, got {self.batch_size}.")
+        refuse_other_source(self, ("images", "image_split"), ("dataset_config", "dataset_split", "image_column"))
+
+    def source(self) -> tuple[str, str | None, str | None, str | None]:
+        """The arguments of [`find_pictures`]."""
+        if self.dataset is None:
+            return self.images, self.image_split, None, None
+        return self.dataset, self.dataset_split, self.image_column, self.dataset_config
 
 
 def main(argv: list[str]) -> None:
@@ -411,17 +449,20 @@ def main(argv: list[str]) -> None:
     options, index = parse_arguments(
         [SearchBuildArguments], argv, "sigphi search build", [("index", None, "file to write")]
     )
+    images, split, image_column, dataset_config = options.source()
     count, broken = build_index(
         index,
         options.encoder,
-        options.images,
-        options.image_split,
+        images,
+        split,
         options.encoder_revision,
         options.batch_size,
         options.skip_broken,
+        image_column,
+        dataset_config,
     )
     left_out = f", {len(broken)} left out that cannot be read" if broken else ""
-    sys.stdout.write(f"{index}: {count} images of {options.images}{left_out}\n")
+    sys.stdout.write(f"{index}: {count} images of {images}{left_out}\n")
 
 
 __all__ = [
