@@ -1,6 +1,7 @@
 """ROUGE-L and BLEU from the metric modules that travel with the package."""
 
 import importlib.util
+import logging
 import math
 import random
 from collections import Counter
@@ -103,3 +104,10 @@ def test_the_warning_names_what_is_missing_and_how_to_get_it(monkeypatch, caplog
     assert all(
         part in record.getMessage() for part in ("rougeL", "bleu", "no sacrebleu", "pip install 'sigphi[eval]'")
     )
+
+
+def test_the_root_logger_gets_no_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With one, all that a command logs would be printed twice.
+    monkeypatch.setattr(logging.root, "handlers", [])
+    wording_scores(["a cat"], ["a cat"])
+    assert logging.root.handlers == []

@@ -38,10 +38,13 @@ def wording_scores(answers: Sequence[str], references: Sequence[str]) -> dict[st
     """
     import evaluate
 
+    handlers = logging.root.handlers[:]
     scores: dict[str, float] = {}
     for name in ("rouge_l", "bleu"):
         metric = evaluate.load(str(METRIC_MODULES / name), keep_in_memory=True)
         scores |= metric.compute(predictions=list(answers), references=list(references))
+    # rouge_score logs by absl, which gives the root logger a handler where it has none: then all lines come twice.
+    logging.root.handlers[:] = handlers
     return scores
 
 
