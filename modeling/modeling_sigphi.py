@@ -335,8 +335,9 @@ class SigPhiModel(SigPhiPreTrainedModel):
         if image_features is not None:
             soft_tokens = self.multi_modal_projector(image_features)  # (images, num_image_tokens, hidden_size)
             soft_tokens = soft_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
-        is_prefill = cache is None or cache.get_seq_length() == 0
-        if is_prefill or soft_tokens is not None:
+        # In compiled code the length of a cache is a tensor, and nothing is checked.
+        is_compiling = torch.compiler.is_compiling()
+        if soft_tokens is not None or is_compiling or cache is None or cache.get_seq_length() == 0:
             _check_placeholders(placeholders, soft_tokens)
         if soft_tokens is not None:
             inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), soft_tokens)

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from sigphi.train import vlm_evaluation
+from sigphi.train.answering import Answerer, generate_answers
 from sigphi.train.data import distinct_images
 from sigphi.train.facts import CLASS_NAMES
 from sigphi.train.images import decode_images
 from sigphi.train.metrics import majority_share
 from sigphi.train.predictions import Given
 from sigphi.train.prompts import tokenize_questions
-from sigphi.train.vlm_evaluation import encode_images, evaluate_vlm, generate_answers
+from sigphi.train.vlm_evaluation import encode_images, evaluate_vlm
 
 
 def without_types(dataset: datasets.Dataset) -> datasets.Dataset:
@@ -298,7 +299,7 @@ class Killed(BaseException):
 @pytest.fixture
 def killed_after(monkeypatch):
     """`killed_after(count)`: the batch behind so many is the last thing that this process tries."""
-    real = vlm_evaluation._answer_batch
+    real = Answerer.answer
 
     def arrange(count: int | None) -> list[int]:
         done: list[int] = []
@@ -309,7 +310,7 @@ def killed_after(monkeypatch):
             done.append(1)
             return real(*inputs)
 
-        monkeypatch.setattr(vlm_evaluation, "_answer_batch", answer)
+        monkeypatch.setattr(Answerer, "answer", answer)
         return done
 
     return arrange

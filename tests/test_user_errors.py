@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from conftest import TOY_IMAGES
 from PIL import Image
@@ -36,10 +37,12 @@ def folders(shared: Any, make_vlm: Any, base_folder: Path, tmp_path_factory: pyt
     shutil.copytree(place / "encoder", place / "broken")
     edit(place / "broken" / "config.json", text_pooling="max")
     Image.new("RGB", (4, 4)).save(place / "cat.png")
+    pictures = datasets.Dataset.from_dict({"picture": [Image.new("RGB", (4, 4))], "text": ["What is it?"]})
+    pictures.cast_column("picture", datasets.Image()).save_to_disk(place / "set")
     for name, header, rows in csv_files():
         with (place / name).open("w", newline="") as file:
             csv.writer(file).writerows([header, *rows] if header else [])
-    names = ("encoder", "vlm", "mismatch", "broken", "cat.png", "none", *(name for name, _, _ in csv_files()))
+    names = ("encoder", "vlm", "mismatch", "broken", "cat.png", "set", "none", *(name for name, _, _ in csv_files()))
     return {name: str(place / name) for name in names} | {"base": str(base_folder), "out": str(place / "out")}
 
 
@@ -101,6 +104,67 @@ MISTAKES = {
     "other token count to evaluate": (
         f"evaluate {{mismatch}} --input-csv {{good.csv}} --images {TOY_IMAGES}",
         ["{mismatch}", "4 image tokens", "expects 1", "num_image_tokens in processor_config.json"],
+    ),
+}
+CSV = f"--csv {{good.csv}} --images {TOY_IMAGES} --output {{out}}"
+MISTAKES |= {
+    "nothing to ask about": ("ask {vlm} -q a", ["give one of IMAGE, --csv and --dataset."]),
+    "nothing to describe": ("describe {vlm}", ["give one of IMAGE, --csv and --dataset."]),
+    "too much to ask about": (f"ask {{vlm}} {{cat.png}} {CSV}", ["not IMAGE and --csv"]),
+    "two sets to describe": (f"describe {{vlm}} {CSV} --dataset {{none}}", ["not --csv and --dataset"]),
+    "nowhere to write to": ("ask {vlm} --csv {good.csv}", ["--csv needs --output FILE.csv"]),
+    "nothing to write": ("describe {vlm} {cat.png} --output {out}", ["--output {out}", "leave it out"]),
+    "no folder to write to": ("ask {vlm} --csv {good.csv} --output {none}/a.csv", ["no folder {none}", "create it"]),
+    "a question beside a csv": (f"ask {{vlm}} {CSV} -q a", ["--question", "--csv"]),
+    "two sets of images": ("describe {vlm} --dataset {none} --images {none} --output {out}", ["--images has no use"]),
+    "a set without a question": ("ask {vlm} --dataset {none} --output {out}", ["--question or --question-column"]),
+    "two kinds of questions": (
+        "ask {vlm} --dataset {none} -q a --question-column b --output {out}",
+        ["either --question or --question-column"],
+    ),
+    "a column without a set": (f"ask {{vlm}} {CSV} --question-column a", ["--question-column", "--dataset"]),
+    "a split without a csv": ("ask {vlm} {cat.png} -q a --image-split test", ["--image-split", "--csv"]),
+    "a column of images without a set": ("describe {vlm} {cat.png} --image-column a", ["--image-column", "--dataset"]),
+    "batches of one image": ("ask {vlm} {cat.png} -q a --batch-size 2", ["--batch-size has no use"]),
+    "compiling for one answer": ("ask {vlm} {cat.png} -q a --torch-compile", ["--torch-compile", "--output"]),
+    "confidence to show in a file": (f"ask {{vlm}} {CSV} --show-confidence", ["--show-confidence", "--output"]),
+    "no share": ("ask {vlm} {cat.png} -q a --abstain-below 50", ["--abstain-below 50", "at most 1"]),
+    "no batch": ("describe {vlm} {cat.png} --batch-size 0", ["--batch-size 0", "at least 1"]),
+    "no such csv": ("ask {vlm} --csv {none} --output {out}", ["{none} cannot be read", "by --csv"]),
+    "no such set": ("describe {vlm} --dataset {none} --output {out}", ["--dataset {none}"]),
+    "no such column of a set": (
+        "describe {vlm} --dataset {set} --image-column photo --output {out}",
+        ["--dataset {set} has no column 'photo'", "--image-column", "picture"],
+    ),
+    "a column of no images": (
+        "describe {vlm} --dataset {set} --image-column text --output {out}",
+        ["column text", "has to be images"],
+    ),
+    "no such column of questions": (
+        "ask {vlm} --dataset {set} --image-column picture --question-column asked --output {out}",
+        ["no column 'asked'", "--question-column"],
+    ),
+    "a column of no questions": (
+        "ask {vlm} --dataset {set} --image-column picture --question-column picture --output {out}",
+        ["column picture", "has to be texts"],
+    ),
+    "a placeholder in a question": (
+        "ask {vlm} --dataset {set} --image-column picture -q <image> --output {out}",
+        ["'<image>'", "stands for the image"],
+    ),
+    "no room for an answer": (f"ask {{vlm}} {CSV} --max-new-tokens 120", ["'What is it?'", "reads 128", "shorten it"]),
+    "encoder to ask about a csv": (f"ask {{encoder}} {CSV}", ["MODEL {encoder}", "'siglip_resnet'"]),
+    "index too large, ask": (
+        f"ask {{vlm}} --csv {{index.csv}} --images {TOY_IMAGES} --output {{out}}",
+        ["{index.csv}, line 3, column Dataset_Index", "'60000'"],
+    ),
+    "no split, describe": (
+        f"describe {{vlm}} --csv {{split.csv}} --images {TOY_IMAGES} --output {{out}}",
+        ["{split.csv}", "--image-split train"],
+    ),
+    "an encoder to compile": (
+        f"evaluate {{encoder}} --input-csv {{good.csv}} --images {TOY_IMAGES} --torch-compile",
+        ["--torch-compile is for VLMs", "{encoder}"],
     ),
 }
 for command in (TRAIN_ENCODER, TRAIN_VLM):

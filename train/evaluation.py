@@ -20,6 +20,7 @@ from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
 from sigphi.configuration.configuration_sigphi import SigPhiConfig
 from sigphi.hub_card.cards import figure_text, write_card
 from sigphi.train.answer_scores import judged_rows
+from sigphi.train.answering import check_compilable
 from sigphi.train.arguments import PairsArguments
 from sigphi.train.checkpoints import check_token_counts, read_config
 from sigphi.train.data import distinct_images, held_out, load_cifar10_qa
@@ -178,6 +179,10 @@ class EvaluateArguments:
 
     batch_size: int = HfArg(help="Images or questions in a step.", default=128)
     max_new_tokens: int = HfArg(help="Longest answer in tokens (VLM).", default=80)
+    torch_compile: bool = HfArg(
+        help="Compile the step from one token to the next (VLM): takes minutes once, pays for many questions.",
+        default=False,
+    )
     max_images: int | None = HfArg(help="Evaluate on the first so many images of the CSV.", default=None)
 
     def __post_init__(self) -> None:
@@ -206,6 +211,8 @@ def main(argv: list[str] | None = None) -> None:
     is_encoder = config.model_type == SiglipResNetConfig.model_type
     if encoder != EncoderEvaluationArguments():
         _check_encoder_options(model, is_encoder, data)
+    if options.torch_compile and is_encoder:
+        raise UserError(f"--torch-compile is for VLMs, and {model} is none; leave it out.")
     if data.dataset is not None:
         sys.stdout.write(results_table(_evaluate_pairs(model, is_encoder, data, options)))
         return
@@ -219,7 +226,9 @@ def main(argv: list[str] | None = None) -> None:
         kwargs |= encoder_options(encoder, dataset, data.images)
     else:
         judged_rows(dataset)  # refuses what cannot be judged by, before any weights load
-        kwargs["max_new_tokens"] = options.max_new_tokens
+        if options.torch_compile:
+            check_compilable(config)
+        kwargs |= {"max_new_tokens": options.max_new_tokens, "torch_compile": options.torch_compile}
     sys.stdout.write(results_table(evaluate_folder(model, dataset, **kwargs)))
 
 

@@ -56,9 +56,7 @@ def load_image_texts(
             an image and a text, or the Hub cannot be reached.
     """
     rows = _checked_columns(read_set(source, config, split), f"--dataset {source}", image_column, text_column)
-    digests = rows.select_columns(["image"]).map(
-        _digest, remove_columns=["image"], keep_in_memory=True, desc="reading images"
-    )["digest"]
+    digests = image_digests(rows)
     first: dict[str, int] = {}  # row of each image, by digest
     texts_of: dict[str, list[str]] = {}
     num_bad = 0
@@ -100,12 +98,13 @@ def read_set(source: str, config: str | None = None, split: str = "train") -> da
 
 def check_image_column(rows: datasets.Dataset, place: str, image_column: str) -> None:
     """Raise a [`UserError`] unless `rows`, read from `place`, has such a column of `datasets.Image`."""
-    _check_column(rows, place, "--image-column", image_column)
+    check_column(rows, place, "--image-column", image_column)
     if not isinstance(rows.features[image_column], datasets.Image):
         raise UserError(f"{place}, column {image_column}: {rows.features[image_column]}, it has to be images.")
 
 
-def _check_column(rows: datasets.Dataset, place: str, option: str, name: str) -> None:
+def check_column(rows: datasets.Dataset, place: str, option: str, name: str) -> None:
+    """Raise a [`UserError`] unless there is a column `name`, which `option` has named."""
     if name not in rows.column_names:
         raise UserError(f"{place} has no column {name!r}; give {option} one of {', '.join(rows.column_names)}.")
 
@@ -113,7 +112,7 @@ def _check_column(rows: datasets.Dataset, place: str, option: str, name: str) ->
 def _checked_columns(rows: datasets.Dataset, place: str, image_column: str, text_column: str) -> datasets.Dataset:
     """The columns `image`, as files, and `text`."""
     check_image_column(rows, place, image_column)
-    _check_column(rows, place, "--text-column", text_column)
+    check_column(rows, place, "--text-column", text_column)
     text = rows.features[text_column]
     value = text.feature if isinstance(text, (datasets.List, datasets.LargeList)) else text
     if not (isinstance(value, datasets.Value) and value.dtype in ("string", "large_string")):
@@ -121,6 +120,13 @@ def _checked_columns(rows: datasets.Dataset, place: str, image_column: str, text
     rows = rows.select_columns([image_column, text_column])
     rows = rows.rename_columns({image_column: "image", text_column: "text"})
     return rows.cast_column("image", datasets.Image(decode=False))
+
+
+def image_digests(rows: datasets.Dataset) -> list[str]:
+    """A hash over the file of each image of the column `image`, which is not decoded; empty where there is none."""
+    return rows.select_columns(["image"]).map(
+        _digest, remove_columns=["image"], keep_in_memory=True, desc="reading images"
+    )["digest"][:]
 
 
 def _digest(row: dict[str, Any]) -> dict[str, str]:
@@ -216,4 +222,13 @@ class StoredImages:
         return torch.cat([self[part] for part in tqdm(parts, desc="decoding images", disable=None, leave=False)])
 
 
-__all__ = ["StoredImages", "check_image_column", "hold_out", "load_image_texts", "pairs_facts", "read_set"]
+__all__ = [
+    "StoredImages",
+    "check_column",
+    "check_image_column",
+    "hold_out",
+    "image_digests",
+    "load_image_texts",
+    "pairs_facts",
+    "read_set",
+]

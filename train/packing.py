@@ -336,6 +336,17 @@ def _obstacle(model: VlmModelArguments, config: PreTrainedConfig, longest: int) 
     """What keeps a language model from keeping the texts of a row apart, if anything does."""
     if model.attn_implementation == "flash_attention_2":
         return "FlashAttention-2 has no mask for shared images (use --attn-implementation auto)"
+    return attention_obstacle(config, longest)
+
+
+def attention_obstacle(config: PreTrainedConfig, longest: int) -> str | None:
+    """
+    Why a language model's tokens would see more or less of their row than a mask says, if they would.
+
+    Args:
+        config (`PreTrainedConfig`): of the language model.
+        longest (`int`): tokens of the longest question with its image and answer.
+    """
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     text: Any = config.get_text_config()
     layers = set(getattr(text, "layer_types", None) or ["full_attention"])
@@ -351,6 +362,7 @@ __all__ = [
     "PackedBatches",
     "PackingCollator",
     "QuestionSizes",
+    "attention_obstacle",
     "choose_packing",
     "even_row_starts",
     "packed_row_length",

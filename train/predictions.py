@@ -13,10 +13,20 @@ from sigphi.train.report import markdown_table, picture_grid
 
 PREDICTIONS = "predictions.parquet"
 SAMPLES = "eval_samples"
+# What is said in place of an answer with less confidence than is wanted.
+ABSTAINED = "I am not sure enough to answer."
 
 
 class Given(NamedTuple):
-    """An answer of a model, and how sure it was of it: the geometric mean of its tokens' probabilities, 0 to 1."""
+    """
+    An answer of a model, and how sure it was of it.
+
+    Args:
+        text (`str`): without white space around it.
+        confidence (`float`): the geometric mean of the probabilities of the answer's tokens, the end-of-text token
+            among them; 0 to 1. Their product would say how probable the whole answer is, and be smaller for longer
+            answers; of an arithmetic mean, one token that is as good as impossible takes little.
+    """
 
     text: str
     confidence: float
@@ -109,4 +119,4 @@ Confidence is the geometric mean of the probabilities of the answer's tokens. Al
     (folder / f"{SAMPLES}.md").write_text(text, encoding="utf-8")
 
 
-__all__ = ["PREDICTIONS", "Given", "worst_and_best", "write_predictions", "write_samples"]
+__all__ = ["ABSTAINED", "PREDICTIONS", "Given", "worst_and_best", "write_predictions", "write_samples"]

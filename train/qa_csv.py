@@ -89,23 +89,48 @@ def read_pairs(path: Path, image_split: str | None, on_faulty: str) -> tuple[pd.
 
 
 def read_questions(path: Path, image_split: str | None) -> pd.DataFrame:
-    """The questions of a CSV whose answers are missing or do not count.
+    """The questions of a CSV whose answers are missing or do not count, see [`read_wide`] and [`questions_of`]."""
+    return questions_of(path, *read_wide(path, image_split, "--questions-csv"))
 
-    Of the columns of [`read_qa_csv`] only `Dataset_Index` and `Q1` have to be there.
+
+def read_wide(
+    path: Path, image_split: str | None, option: str, required: Sequence[str] = ("Dataset_Index", "Q1")
+) -> tuple[pd.DataFrame, list[int]]:
+    """
+    A CSV as it is: a row a row.
 
     Args:
         path (`Path`): a CSV file in UTF-8.
         image_split (`str`, *optional*): `"train"` or `"test"`, for a file without the column `Split`.
+        option (`str`): what names the file to the user.
+        required (`Sequence[str]`): the columns that have to be there.
+
+    Returns:
+        `tuple`: all columns as str, in order, and `Split` where it is missing; and the line of each row.
+
+    Raises:
+        UserError: if the file is no CSV, or lacks a column or says nothing of the split.
+    """
+    header, lines, cells = _read_cells(path, option, required)
+    wide = pd.DataFrame(cells, columns=header, dtype=str)
+    wide["Split"] = _row_splits(path, wide, lines, image_split)
+    return wide, lines
+
+
+def questions_of(path: Path, wide: pd.DataFrame, lines: list[int]) -> pd.DataFrame:
+    """
+    The questions of a CSV.
+
+    Args:
+        path (`Path`): the file, for messages.
+        wide, lines: of [`read_wide`].
 
     Returns:
         `pandas.DataFrame`: the columns of `QaTable.rows`, with `dataset_index` still as text and `answer` empty.
 
     Raises:
-        UserError: for anything wrong with the file but its indices, see [`with_checked_indices`].
+        UserError: for anything wrong with the questions but their indices, see [`with_checked_indices`].
     """
-    header, lines, cells = _read_cells(path, "--questions-csv", ("Dataset_Index", "Q1"))
-    wide = pd.DataFrame(cells, columns=header, dtype=str)
-    wide["Split"] = _row_splits(path, wide, lines, image_split)
     rows = one_row_a_pair(wide, lines).assign(answer="")
     rows = rows[rows["question"] != ""].reset_index(drop=True)
     if rows.empty:
@@ -312,8 +337,10 @@ __all__ = [
     "REQUIRED_COLUMNS",
     "one_row_a_pair",
     "parse_indices",
+    "questions_of",
     "read_pairs",
     "read_qa_csv",
     "read_questions",
+    "read_wide",
     "with_checked_indices",
 ]

@@ -132,7 +132,7 @@ def ask_some(model_name: Path, dataset: Any, count: int) -> list[Answered]:
         rows = [dataset[row] for row, position in enumerate(positions) if position == image_index]
         row = next(row for row in rows if row["short_answer"])
         image = images[image_index]["img"]
-        given = Conversation(model, processor, image).ask(row["question"])
+        given = Conversation(model, processor, image).ask(row["question"]).text
         correct = is_correct(given, row["short_answer"], row["question_type"])
         answered.append(Answered(image, row["question"], row["answer"], given, correct))
     return answered

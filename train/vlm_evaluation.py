@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,18 @@ from typing import Any
 import datasets
 import torch
 from tqdm.auto import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration
 from sigphi.processing.processing_sigphi import SigPhiProcessor
 from sigphi.train.answer_scores import BLANK, SHUFFLED, answer_scores, judged_rows, sees_nothing
-from sigphi.train.batch_log import BatchLog, discard, finished_batches
+from sigphi.train.answering import generate_answers
+from sigphi.train.batch_log import discard
 from sigphi.train.collators import VlmCollator, preprocess
 from sigphi.train.data import distinct_images
 from sigphi.train.fingerprints import digest, tensor_parts
 from sigphi.train.images import decode_images
 from sigphi.train.metrics import has_label_derangement, label_derangement
-from sigphi.train.predictions import Given, write_predictions
+from sigphi.train.predictions import write_predictions
 from sigphi.train.prompts import tokenize_questions, tokenized_rows
 
 logger = logging.getLogger(__name__)
@@ -41,84 +40,6 @@ def encode_images(
     ]
     model.model.vision_tower.train(was_training)
     return torch.cat(parts)
-
-
-class _Confidence(LogitsProcessor):
-    """Notes how probable the likeliest next token is, which greedy decoding takes."""
-
-    def __init__(self) -> None:
-        self.steps: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # Kept step by step, since all scores of a long answer over a large vocabulary would fill the memory.
-        self.steps.append(scores.float().log_softmax(-1).amax(-1))  # (batch,)
-        return scores
-
-
-@torch.no_grad()
-def generate_answers(
-    model: SigPhiForConditionalGeneration,
-    processor: SigPhiProcessor,
-    image_features: torch.Tensor,
-    image_indices: Sequence[int],
-    questions: Sequence[str],
-    batch_size: int = 64,
-    max_new_tokens: int = 80,
-    log_folder: Path | None = None,
-) -> list[Given]:
-    """
-    Greedy answers. The same question about the same image is answered once.
-
-    Args:
-        model, processor: of the VLM, in evaluation mode.
-        image_features (`torch.Tensor` of shape `(images, num_image_tokens, feature_size)`): see [`encode_images`].
-        image_indices (`Sequence[int]`): for each question the row of `image_features`.
-        questions (`Sequence[str]`): one a row. Questions that end alike are answered together: they ask for the same,
-            and their answers are about equally long.
-        batch_size (`int`, *optional*, defaults to 64): questions in a step.
-        max_new_tokens (`int`, *optional*, defaults to 80): longest answer in tokens.
-        log_folder (`Path`, *optional*): keeps the answers of finished batches, so that the same call goes on where a
-            killed one stopped. It stays when all are answered.
-    """
-    pairs = sorted(set(zip(questions, image_indices, strict=True)), key=lambda pair: (pair[0][::-1], pair[1]))
-    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
-    with nullcontext() if log_folder is None else BatchLog(log_folder, {}) as log:
-        finished = {} if log_folder is None else finished_batches(log_folder)
-        if finished:
-            logger.info("%d of %d batches were answered before: going on behind them", len(finished), len(batches))
-        todo = [number for number in range(len(batches)) if number not in finished]
-        for number in tqdm(todo, "answering", len(batches), initial=len(finished), disable=None, leave=False):
-            finished[number] = _answer_batch(model, processor, image_features, batches[number], max_new_tokens)
-            if log is not None:
-                log.add(number, finished[number])
-    answers = [Given(*one) for number in range(len(batches)) for one in finished[number]]
-    of_pair = dict(zip(pairs, answers, strict=True))
-    return [of_pair[pair] for pair in zip(questions, image_indices, strict=True)]
-
-
-def _answer_batch(
-    model: SigPhiForConditionalGeneration,
-    processor: SigPhiProcessor,
-    image_features: torch.Tensor,
-    pairs: Sequence[tuple[str, int]],
-    max_new_tokens: int,
-) -> list[Given]:
-    prompts = tokenize_questions(processor, [question for question, _ in pairs])
-    padded = processor.tokenizer.pad({"input_ids": prompts}, padding_side="left")
-    inputs = {name: torch.tensor(padded[name], device=model.device) for name in ("input_ids", "attention_mask")}
-    features = image_features[[image for _, image in pairs]].to(model.device)
-    confidence = _Confidence()
-    tokens = model.generate(
-        **inputs,
-        image_features=features,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([confidence]),
-    )[:, inputs["input_ids"].shape[1] :]  # (batch, new tokens)
-    texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    is_own = tokens != processor.tokenizer.pad_token_id  # an answer that has ended is padded
-    mean = (torch.stack(confidence.steps, 1) * is_own).sum(1) / is_own.sum(1).clamp(min=1)
-    return [Given(text.strip(), sure) for text, sure in zip(texts, mean.exp().tolist(), strict=True)]
 
 
 @torch.no_grad()
@@ -152,6 +73,7 @@ def evaluate_vlm(
     max_new_tokens: int = 80,
     seed: int = 0,
     predictions_file: Path | None = None,
+    torch_compile: bool = False,
 ) -> dict[str, float]:
     """
     Loss, accuracy against ground truth, and what looking at the image is worth.
@@ -168,6 +90,7 @@ def evaluate_vlm(
         seed (`int`, *optional*, defaults to 0): of the permutation.
         predictions_file (`Path`, *optional*): where to write every answer, see [`write_predictions`]. Beside it a
             folder keeps what is answered, so that the same call goes on where a killed one stopped.
+        torch_compile (`bool`, *optional*, defaults to `False`): see [`Answerer`].
 
     Returns:
         `dict`: `eval_loss` (nats per supervised token); `token_f1`, `rougeL` and `bleu`, the latter two with the extra
@@ -190,8 +113,12 @@ def evaluate_vlm(
     log_folder = None
     if predictions_file is not None:
         prompts = tokenize_questions(processor, dataset["question"])
-        log_folder = _log_folder(predictions_file, model, features, [*asked, prompts, batch_size, max_new_tokens])
-    answers = generate_answers(model, processor, features, *asked, batch_size, max_new_tokens, log_folder)
+        log_folder = _log_folder(
+            predictions_file, model, features, [*asked, prompts, batch_size, max_new_tokens, torch_compile]
+        )
+    answers = generate_answers(
+        model, processor, features, *asked, batch_size, max_new_tokens, log_folder, torch_compile
+    )
     given = {name: answers[number * num_rows :][:num_rows] for number, name in enumerate(names)}
     loss = supervised_loss(model, processor, features, image_indices[""], dataset, batch_size)
     model.train(was_training)
