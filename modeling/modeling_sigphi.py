@@ -1,5 +1,6 @@
 """The vision-language model: a SigLIP ResNet image tower, a projector, and a causal language model."""
 
+import copy
 import math
 import os
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -23,6 +25,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, is_peft_available
 from transformers.utils.generic import can_return_tuple
 
@@ -31,7 +34,9 @@ from sigphi.modeling.modeling_siglip_resnet import ScaleKeepingLinear, SiglipRes
 
 if is_peft_available():
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+    from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.lora import LoraLayer
+    from peft.utils.integrations import dequantize_module_weight
 
 LORA_FOLDER = "lora"
 LORA_WEIGHTS = "adapter_model.safetensors"
@@ -41,6 +46,8 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_file
 SEGMENT_ATTENTION = ("eager", "sdpa", "flex_attention")
 # Logits of the loss that are in memory at a time: in float32 with their gradients a few hundred MB.
 LOGITS_AT_ONCE = 2**25
+# What stays unquantised when the whole model is: as regular expressions, since full names begin otherwise with a head.
+NOT_QUANTIZED = (r"(?:.*\.)?vision_tower", r"(?:.*\.)?multi_modal_projector", "lm_head")
 # What transformers calls keys and values, in calls and in outputs: another name from 5.24 on.
 CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
 
@@ -121,22 +128,31 @@ class SigPhiPreTrainedModel(PreTrainedModel):
 
         A folder whose config names a `base_language_model` holds only the image tower, the projector and the LoRA
         weights. The base is then read from its own repository or folder, quantised as it was in training
-        (`config.base_bits`); `base_bits=16` or a `quantization_config` overrides that.
+        (`config.base_bits`); `base_bits=16` or a `quantization_config` overrides that. The base may also be the
+        language model inside another folder of this class.
+
+        A `BitsAndBytesConfig` quantises the language model alone: image tower and projector are always left out, and
+        the head where the config names no `llm_int8_skip_modules`.
 
         Raises:
             ImportError: if the adapter form is loaded without `peft`, or a quantised base without `bitsandbytes`.
             OSError: if the base language model cannot be read; the message names its repository and revision.
+            ValueError: if the base is itself in adapter form, or stored in another precision than is asked for.
         """
         config = kwargs.pop("config", None)
         # Not SigPhiConfig: of code that comes with a folder, AutoConfig and the model import a copy each.
         if not isinstance(config, PreTrainedConfig):
             # Reading the config uses these up, and the weights need them too.
-            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+            kept = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+            # That would become the stored precision, which "auto" asks for.
+            kept |= {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
             config, kwargs = SigPhiConfig.from_pretrained(
                 config or pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
-            kwargs |= hub
+            kwargs |= kept
         if config.base_language_model is None:
+            if isinstance(kwargs.get("quantization_config"), BitsAndBytesConfig):
+                kwargs["quantization_config"] = _for_language_model_alone(kwargs["quantization_config"])
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         return cls._from_adapter(pretrained_model_name_or_path, config, **kwargs)
 
@@ -153,9 +169,8 @@ class SigPhiPreTrainedModel(PreTrainedModel):
         model = SigPhiForConditionalGeneration.from_parts(config, vision_tower, base)
         model.model.multi_modal_projector.to(dtype)
         model.add_lora(config.lora)
-        weights = load_file(cached_file(folder, "model.safetensors", **hub))
-        weights |= model.lora_keys(load_file(cached_file(folder, f"{LORA_FOLDER}/{LORA_WEIGHTS}", **hub)))
-        model.load_adapter_weights(weights)
+        model.read_adapter_weights(folder, **hub)
+        model.generation_config = GenerationConfig.from_pretrained(folder, **hub)
         model.place_like_language_model()
         model.eval().requires_grad_(False)
         return model if cls is SigPhiForConditionalGeneration else model.model
@@ -173,6 +188,7 @@ def load_base_language_model(config: SigPhiConfig, dtype: torch.dtype, **kwargs:
 
     Raises:
         OSError: if it cannot be read; the message names its repository and revision.
+        ValueError: as of [`_language_model_of_vlm`].
     """
     # `adapter_kwargs` is where the Auto classes note the commit.
     for key in ("revision", "code_revision", "trust_remote_code", "_commit_hash", "_from_auto", "adapter_kwargs"):
@@ -181,13 +197,44 @@ def load_base_language_model(config: SigPhiConfig, dtype: torch.dtype, **kwargs:
     # Reading the config has taken `attn_implementation` out of the arguments.
     kwargs.setdefault("attn_implementation", config.text_config._attn_implementation)
     name, revision = config.base_language_model, config.base_language_model_revision
+    kwargs |= {"revision": revision or "main", "dtype": dtype}
     try:
-        return AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", dtype=dtype, **kwargs)
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        base_config, _ = PreTrainedConfig.get_config_dict(name, **hub)
+        if base_config.get("model_type") == SigPhiConfig.model_type:
+            return _language_model_of_vlm(name, base_config, config.base_bits, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
     except OSError as error:
         raise OSError(
             f"Cannot read the base language model {name!r} (revision {revision or 'main'!r}) of this adapter form. "
             f"Make it reachable, or pass `base_language_model=` another place that holds the same model."
         ) from error
+
+
+def _language_model_of_vlm(name: str, config: dict[str, Any], bits: int, **kwargs: Any) -> PreTrainedModel:
+    """
+    The base of an adapter form, where that is the language model inside another VLM of this class.
+
+    Raises:
+        ValueError: if that VLM is itself in adapter form, or is stored in 4 bits and asked for in others.
+    """
+    if config.get("base_language_model") is not None:
+        raise ValueError(f"The base {name!r} of this adapter form is itself in adapter form: merge that first.")
+    if config.get("quantization_config") is not None:
+        if bits != 4:
+            raise ValueError(f"The base {name!r} is stored in 4 bits, and `base_bits` is {bits}: it has no others.")
+        kwargs.pop("quantization_config")  # it brings its own
+    return causal_language_model(SigPhiForConditionalGeneration.from_pretrained(name, **kwargs))
+
+
+def causal_language_model(vlm: "SigPhiForConditionalGeneration") -> PreTrainedModel:
+    """The language model and the head of a VLM, as the `...ForCausalLM` of transformers that they once were."""
+    with torch.device("meta"):
+        language_model = AutoModelForCausalLM.from_config(vlm.config.text_config)
+    setattr(language_model, language_model.base_model_prefix, vlm.model.language_model)
+    language_model.set_output_embeddings(vlm.lm_head)
+    language_model.generation_config = vlm.generation_config
+    return language_model.eval()
 
 
 def base_quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -202,6 +249,15 @@ def base_quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | Non
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def _for_language_model_alone(quantization: BitsAndBytesConfig) -> BitsAndBytesConfig:
+    """The same quantisation, but not of image tower and projector, which compute in their weights' precision."""
+    quantization = copy.deepcopy(quantization)
+    given = quantization.llm_int8_skip_modules
+    spared = NOT_QUANTIZED if given is None else dict.fromkeys([*given, *NOT_QUANTIZED[:2]])
+    quantization.llm_int8_skip_modules = list(spared)
+    return quantization
 
 
 class SigPhiModel(SigPhiPreTrainedModel):
@@ -412,11 +468,13 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
     ```
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
     def __init__(self, config: SigPhiConfig) -> None:
         super().__init__(config)
         self.model = SigPhiModel(config)
+        # Each family has its own name for the embedding: embed_tokens, wte, word_embeddings, ...
+        embedding = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         text = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
         self.post_init()
@@ -592,6 +650,21 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
         prefix = f"base_model.model.{self._base_prefix()}"
         return {name.replace(prefix, "model.language_model.", 1): tensor for name, tensor in peft_state_dict.items()}
 
+    def read_adapter_weights(self, folder: Any, **hub: Any) -> None:
+        """
+        Read image tower, projector and LoRA weights from an adapter form, each in the precision that it has here.
+
+        Args:
+            folder (`str` or `os.PathLike`): a folder or Hub id.
+            hub: `revision`, `token`, ... of a Hub id.
+
+        Raises:
+            ValueError: as of [`~SigPhiForConditionalGeneration.load_adapter_weights`].
+        """
+        weights = load_file(cached_file(folder, "model.safetensors", **hub))
+        weights |= self.lora_keys(load_file(cached_file(folder, f"{LORA_FOLDER}/{LORA_WEIGHTS}", **hub)))
+        self.load_adapter_weights(weights)
+
     def load_adapter_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """
         Read image tower, projector and LoRA weights; every tensor must have its place, and every place its tensor.
@@ -655,15 +728,61 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
         """What the base causal language model calls the part that `language_model` is, as `"model."`."""
         return f"{self.model.language_model.base_model_prefix}."
 
-    def merge_lora(self) -> "SigPhiForConditionalGeneration":
-        """Fold the LoRA weights into the language model's own and forget the base: the merged form, in place."""
-        for name, module in list(self.model.language_model.named_modules()):
+    def merge_lora(self, dtype: torch.dtype | None = None) -> "SigPhiForConditionalGeneration":
+        """
+        Fold the LoRA weights into the language model's own and forget the base: the merged form, in place.
+
+        The sums are made in float32, of a quantised base on its de-quantised weights: those that LoRA was trained on.
+
+        Args:
+            dtype (`torch.dtype`, *optional*): of the merged weights; that of the head by default.
+
+        Raises:
+            ValueError: if a merged weight is not finite.
+        """
+        dtype = dtype or self.lm_head.weight.dtype
+        language_model = self.model.language_model
+        for name, module in list(language_model.named_modules()):
             if isinstance(module, LoraLayer):
-                module.merge(safe_merge=True)
-                self.model.language_model.set_submodule(name, module.get_base_layer())
+                language_model.set_submodule(name, _merged(module, LoraConfig(**self.config.lora)).to(dtype))
+        vars(language_model.config).pop("quantization_config", None)
         self.config.lora = self.config.base_language_model = self.config.base_language_model_revision = None
         self.config.base_bits = 16
         return self
+
+
+def dequantized(layer: Any) -> nn.Module:
+    """
+    A linear layer of bitsandbytes as the plain one that it was made of, in float32.
+
+    The weights are those that the layer computes with: of a base in bfloat16 they are rounded to that.
+    """
+    weight = dequantize_module_weight(layer).detach().float()
+    plain: Any = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    if issubclass(layer.source_cls, Conv1D):
+        with torch.device("meta"):
+            plain = Conv1D(layer.out_features, layer.in_features)
+        weight = weight.T.contiguous()
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+    return plain
+
+
+def _merged(layer: Any, lora: Any) -> nn.Module:
+    """The base layer of a LoRA layer with the LoRA weights in it, in float32."""
+    base = layer.get_base_layer()
+    if type(base).__name__ in ("Linear4bit", "Linear8bitLt"):
+        # PEFT would merge in the base's precision and quantise the result.
+        lora.fan_in_fan_out = issubclass(base.source_cls, Conv1D)
+        lora.init_lora_weights = False
+        weights = {name: tensor for name, tensor in layer.state_dict().items() if not name.startswith("base_layer.")}
+        name = layer.active_adapters[0]
+        layer = LoraLinear(dequantized(base), name, lora, r=layer.r[name], lora_alpha=layer.lora_alpha[name])
+        unexpected = layer.load_state_dict(weights, strict=False).unexpected_keys
+        assert not unexpected, unexpected
+    layer.float().merge(safe_merge=True)
+    return layer.get_base_layer()
 
 
 def _is_own(name: str) -> bool:
@@ -677,6 +796,8 @@ __all__ = [
     "SigPhiMultiModalProjector",
     "SigPhiPreTrainedModel",
     "base_quantization",
+    "causal_language_model",
+    "dequantized",
     "image_feature_size",
     "load_base_language_model",
 ]

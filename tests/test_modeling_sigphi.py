@@ -789,6 +789,14 @@ def test_dtype_reaches_the_parts_of_the_adapter_form(adapter_folder, inputs, dty
     assert logits_of(model, inputs).dtype == torch.bfloat16
 
 
+def test_the_precision_auto_is_the_stored_one(make_lora_vlm, tiny_vlm, tmp_path):
+    make_lora_vlm().to(torch.bfloat16).save_pretrained(tmp_path / "adapter")
+    tiny_vlm.to(torch.bfloat16).save_pretrained(tmp_path / "merged")
+    for folder in (tmp_path / "adapter", tmp_path / "merged"):
+        model = SigPhiForConditionalGeneration.from_pretrained(folder, dtype="auto")
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
 # Phi-2 at its real size, on the meta device: no memory, no seconds ---------------------------------------------------
 
 

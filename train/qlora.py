@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from sigphi.configuration.configuration_sigphi import SigPhiConfig
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetVisionModel
@@ -56,7 +57,11 @@ def keep_4bit_weights_trainable_on_cpu(model: nn.Module) -> None:
 def linear_names(language_model: nn.Module) -> list[str]:
     """The last names of all linear layers of a language model, sorted: for Phi dense, fc1, fc2 and q, k, v_proj."""
     return sorted(
-        {name.rpartition(".")[2] for name, module in language_model.named_modules() if isinstance(module, nn.Linear)}
+        {
+            name.rpartition(".")[2]
+            for name, module in language_model.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D))
+        }
     )
 
 
@@ -90,19 +95,30 @@ def build_vlm(
     )
     model = SigPhiForConditionalGeneration.from_parts(config, vision_tower, language_model)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.requires_grad_(False)
+    train_language_model(model, arguments)
+    return model
+
+
+def train_language_model(model: SigPhiForConditionalGeneration, arguments: VlmModelArguments) -> None:
+    """Make a composed model ready for training, by new LoRA layers or in full, see [`only_trains`]."""
     if arguments.tuning == "lora":
         _add_lora(model, arguments)
-    else:
-        model.model.language_model.requires_grad_(True)
-        model.lm_head.requires_grad_(True)
-    model.model.multi_modal_projector.requires_grad_(True)
+    only_trains(model, arguments.tuning)
+
+
+def only_trains(model: SigPhiForConditionalGeneration, tuning: str) -> None:
+    """
+    Freeze all but the projector and the LoRA weights (`"lora"`), or the image tower alone (`"full"`); what is trained
+    is brought to float32.
+    """
+    for name, parameter in model.named_parameters():
+        is_trained = "lora_" in name if tuning == "lora" else not name.startswith("model.vision_tower.")
+        parameter.requires_grad_(is_trained or name.startswith("model.multi_modal_projector."))
     # float32 master weights of what is trained: an update of 1e-4 is below bfloat16's resolution. PEFT gives LoRA the
     # precision of a base that is not quantised.
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
-    return model
 
 
 def _add_lora(model: SigPhiForConditionalGeneration, arguments: VlmModelArguments) -> None:
@@ -123,4 +139,11 @@ def _add_lora(model: SigPhiForConditionalGeneration, arguments: VlmModelArgument
     logger.info("LoRA r=%d on %s: %d parameters", arguments.lora_r, targets, trained)
 
 
-__all__ = ["build_vlm", "keep_4bit_weights_trainable_on_cpu", "linear_names", "load_language_model"]
+__all__ = [
+    "build_vlm",
+    "keep_4bit_weights_trainable_on_cpu",
+    "linear_names",
+    "load_language_model",
+    "only_trains",
+    "train_language_model",
+]
