@@ -10,7 +10,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 def write_card(folder: Path, model_id: str | None = None) -> None:
     """
-    Write `README.md` into a model's folder, from its `config.json`, `eval_results.json` and `training_data.json`.
+    Write `README.md` into a model's folder, from its `config.json`, `eval_results.json`, `training_data.json` and
+    `parity.json`.
 
     Facts that the folder does not hold are said to be unknown; nothing is made up.
 
@@ -27,7 +28,7 @@ def write_card(folder: Path, model_id: str | None = None) -> None:
         "num_image_tokens": config.get("num_image_tokens", 1),
         "image_size": config["vision_config"].get("image_size", 224),
         "text_tower": _text_tower(config),
-        "form": _form(config),
+        "form": _form(config) + _parity(_read_json(folder / "parity.json")),
         "results": _results(results),
         "scope": _scope(results),
         "classes": _classes(_read_json(folder / "confusion_matrix.json"), (folder / "confusion_matrix.png").exists()),
@@ -66,6 +67,11 @@ def _text_tower(config: dict[str, Any]) -> str:
 
 def _form(config: dict[str, Any]) -> str:
     base = config.get("base_language_model")
+    if config.get("quantization_config") is not None:
+        return (
+            "This is the nf4 form: all weights are inside, those of the language model's layers in 4 bits (NF4). "
+            "Loading needs `bitsandbytes`."
+        )
     if base is None:
         return "All weights are inside."
     bits = config.get("base_bits", 16)
@@ -78,6 +84,24 @@ def _form(config: dict[str, Any]) -> str:
     )
 
 
+def _parity(parity: dict[str, Any]) -> str:
+    """What the model that this one was made of would have said to the same questions."""
+    if not parity:
+        return ""
+    source, base, metadata = parity["compared_with"], parity["base"], parity["metadata"]
+    bits = f" (language model in {source['base_bits']} bits)" if source["form"] == "adapter" else ""
+    weights = {"dequantized": "the de-quantised weights", "original": "the weights before they were quantised"}
+    merged = "" if base is None else f", LoRA merged into {weights[base]}"
+    return (
+        f"\n\nCompared with the {source['form']} form{bits} that it was made of{merged}: of {parity['questions']} "
+        f"questions from {metadata['questions_from']}, {parity['identical_answers']} get the same greedy answer. "
+        f"Along these answers, at {parity['logit_positions']} tokens, the likeliest next token is the same for "
+        f"{parity['next_token_agreement']:.4f} of them, the distribution of the next token differs by "
+        f"{parity['mean_kl']:.2g} nats (Kullback-Leibler divergence, mean), and logits by "
+        f"{parity['max_abs_logit_difference']:.2g} at most. All figures: `parity.json`."
+    )
+
+
 def _results(results: dict[str, Any]) -> str:
     # An encoder's recalls stand in the table of its classes.
     figures = {name: value for name, value in results.items() if not name.startswith("recall/")}
@@ -85,6 +109,9 @@ def _results(results: dict[str, Any]) -> str:
     rows = [f"| `{name}` | {figure_text(value)} |" for name, value in numbers.items()]
     if not rows:
         return "Not evaluated yet: `sigphi evaluate` writes the figures."
+    form = results.get("metadata", {}).get("form")
+    if form is not None:
+        rows += ["", f"Measured on the {form} form, which this one was made of: `sigphi evaluate` measures it anew."]
     return "\n".join(["| metric | value |", "| --- | --- |", *rows])
 
 

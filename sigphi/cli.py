@@ -23,6 +23,8 @@ COMMANDS = {
     "evaluate": ("sigphi.train.evaluation", "measure a model and write eval_results.json"),
     "ask": ("sigphi.train.ask", "answer questions about an image"),
     "describe": ("sigphi.train.describe", "write a detailed description of each image"),
+    "merge": ("sigphi.train.merge", "merge LoRA into the language model, and measure what that changes"),
+    "export": ("sigphi.train.export", "write a VLM as adapter, merged or 4-bit model, and measure what that changes"),
     "search": ("sigphi.train.search", "find pictures by a text or another picture, in an index that it builds"),
 }
 

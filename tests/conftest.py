@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast, SiglipImageProcessor
+from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast, SiglipImageProcessor
 
 from sigphi import (
     SiglipResNetConfig,
@@ -29,9 +29,12 @@ from sigphi import (
     SigPhiForConditionalGeneration,
     SigPhiProcessor,
 )
+from sigphi.train.arguments import VlmModelArguments
 from sigphi.train.base_lm import BaseModelArguments, qa_texts, small_phi, train_tokenizer
 from sigphi.train.data import distinct_images, load_cifar10_qa
 from sigphi.train.data_build import build_csv
+from sigphi.train.prompts import prepare_tokenizer
+from sigphi.train.qlora import build_vlm, load_language_model
 
 # One thread here and in child processes: a sum in another order differs in the last bit.
 torch.set_num_threads(1)
@@ -339,3 +342,25 @@ def toy_base(toy_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     small_phi(size, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def save_toy_vlm(shared: dict[str, Any], toy_base: Path) -> Callable[..., Path]:
+    """`save_toy_vlm(folder, **options)`: a VLM in adapter form on `toy_base`, as `train-vlm` would leave it."""
+
+    def save(folder: Path, **options: Any) -> Path:
+        torch.manual_seed(2)
+        arguments = VlmModelArguments(
+            siglip_checkpoint="encoder", language_model=str(toy_base), lora_dropout=0.0, **options
+        )
+        language_model = load_language_model(arguments, torch.float32, "sdpa", torch.device("cpu"))
+        tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(toy_base))
+        model = build_vlm(copy.deepcopy(shared["encoder"]).vision_model, language_model, tokenizer, arguments)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.05)
+        model.save_pretrained(folder)
+        SigPhiProcessor(copy.deepcopy(shared["image_processor"]), tokenizer).save_pretrained(folder)
+        return folder
+
+    return save

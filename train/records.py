@@ -16,6 +16,7 @@ from sigphi.train.image_texts import pairs_facts
 EVAL_RESULTS = "eval_results.json"
 TRAINING_DATA = "training_data.json"
 LOG_HISTORY = "log_history.json"
+PARITY = "parity.json"
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -29,7 +30,11 @@ def durable_name(name: str) -> str:
 
 
 def write_training_data(
-    folder: Path, train: datasets.Dataset, arguments: DataArguments, encoder: Path | None = None
+    folder: Path,
+    train: datasets.Dataset,
+    arguments: DataArguments,
+    encoder: Path | None = None,
+    vlm_checkpoint: Path | None = None,
 ) -> None:
     """
     Record what a model was trained on, so that an evaluation can leave it out.
@@ -39,6 +44,7 @@ def write_training_data(
         train (`datasets.Dataset`): the training split, of [`load_data`] or of [`hold_out`].
         arguments (`DataArguments`): its source and how it was split.
         encoder (`Path`, *optional*): folder of the encoder that the model was built on; what that has seen counts too.
+        vlm_checkpoint (`Path`, *optional*): the same of the VLM that the training started from.
     """
     if isinstance(arguments, PairsArguments) and arguments.dataset is not None:
         names = ("dataset", "dataset_config", "dataset_split")
@@ -46,8 +52,9 @@ def write_training_data(
     else:
         facts = data_facts(train) | {"images": arguments.images}
     facts |= {"eval_fraction": arguments.eval_fraction, "split_seed": arguments.split_seed}
-    if encoder is not None and (encoder / TRAINING_DATA).exists():
-        facts["encoder"] = json.loads((encoder / TRAINING_DATA).read_text(encoding="utf-8"))
+    for name, earlier in (("encoder", encoder), ("vlm_checkpoint", vlm_checkpoint)):
+        if earlier is not None and (earlier / TRAINING_DATA).exists():
+            facts[name] = json.loads((earlier / TRAINING_DATA).read_text(encoding="utf-8"))
     write_json(folder / TRAINING_DATA, facts | {"environment": environment()})
 
 
@@ -66,6 +73,7 @@ def environment() -> dict[str, str]:
 __all__ = [
     "EVAL_RESULTS",
     "LOG_HISTORY",
+    "PARITY",
     "TRAINING_DATA",
     "durable_name",
     "environment",

@@ -1,0 +1,311 @@
+"""The forms of a VLM's folder: made from one another, complete, and read by a stranger."""
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import LORA
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+
+from sigphi import SigPhiConfig, SigPhiForConditionalGeneration, SigPhiProcessor
+from sigphi.hub_card.forms import export_form, form_of
+
+QUESTIONS = ["What?", "What is the object in the image?"]
+
+
+def inputs_of(processor: Any, images: list[Any]) -> dict[str, torch.Tensor]:
+    texts = [f"<image>Question: {question}\nAnswer:" for question in QUESTIONS]
+    return dict(processor(images=images[:2], text=texts, padding=True, return_tensors="pt"))
+
+
+def logits_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits[inputs["attention_mask"].bool()]  # (tokens, vocab_size)
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(folder, **options)
+
+
+def quantised(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if type(module).__name__ in ("Linear4bit", "Linear8bitLt")}
+
+
+def names_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def save_adapter(folder: Path, model: Any, shared: dict[str, Any]) -> Path:
+    model.save_pretrained(folder)
+    processor = SigPhiProcessor(copy.deepcopy(shared["image_processor"]), copy.deepcopy(shared["tokenizer"]))
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(shared, make_lora_vlm, images, tmp_path_factory):
+    """An adapter form on a base of 4 bits as a training leaves it, and the other forms that were made of it."""
+    pytest.importorskip("bitsandbytes")
+    root = tmp_path_factory.mktemp("forms")
+    adapter = save_adapter(root / "adapter", make_lora_vlm(base_bits=4), shared)
+    (adapter / "checkpoint-3").mkdir()
+    for name in ("training_args.bin", "checkpoint-3/optimizer.pt", "predictions.parquet", "trainer_state.json"):
+        (adapter / name).write_bytes(b"")
+    (adapter / "training_data.json").write_text('{"num_images": 7}')
+    (adapter / "eval_results.json").write_text('{"eval_loss": 1.5, "metadata": {"rows": 3}}')
+    export_form(str(adapter), root / "merged", "merged")
+    export_form(str(adapter), root / "nf4", "nf4")
+    export_form(str(adapter), root / "copy", "adapter", dtype="bfloat16")
+    export_form(str(root / "nf4"), root / "unpacked", "merged")
+    # What a second round leaves: LoRA on the language model inside one of ours.
+    second = load(adapter)
+    second.config.base_language_model = str(root / "merged")
+    save_adapter(root / "second", second, shared)
+    inputs = inputs_of(SigPhiProcessor.from_pretrained(adapter), images)
+    return SimpleNamespace(root=root, adapter=adapter, inputs=inputs)
+
+
+# What is in a folder -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["merged", "nf4", "copy"])
+def test_a_form_is_complete_and_resumes_nothing(made, form):
+    files = names_in(made.root / form)
+    needed = {"config.json", "model.safetensors", "generation_config.json", "modeling_sigphi.py", "hub_code.py"}
+    needed |= {"processor_config.json", "tokenizer.json", "chat_template.jinja", "processing_sigphi.py", "README.md"}
+    assert files >= needed | {"training_data.json", "eval_results.json"}
+    assert not files & {"training_args.bin", "trainer_state.json", "predictions.parquet"}
+    assert not any("checkpoint-" in name or name.startswith(".") for name in files)
+    assert {name for name in files if name.startswith("lora/")} == (
+        {"lora/adapter_config.json", "lora/adapter_model.safetensors"} if form == "copy" else set()
+    )
+    results = json.loads((made.root / form / "eval_results.json").read_text())
+    assert results == {"eval_loss": 1.5, "metadata": {"form": "adapter", "rows": 3}}
+    assert "Measured on the adapter form" in (made.root / form / "README.md").read_text()
+
+
+def test_the_config_says_the_form(made):
+    forms = {name: form_of(SigPhiConfig.from_pretrained(made.root / name)) for name in ("adapter", "merged", "nf4")}
+    assert forms == {"adapter": "adapter", "merged": "merged", "nf4": "nf4"}
+    assert form_of(SigPhiConfig.from_pretrained(made.root / "unpacked")) == "merged"
+    assert "4 bits (NF4)" in (made.root / "nf4" / "README.md").read_text()
+
+
+def test_an_export_that_fails_leaves_nothing_in_its_place(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("sigphi.hub_card.forms.AutoProcessor.from_pretrained", lambda name: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_form(str(made.adapter), tmp_path / "merged", "merged")
+    assert not (tmp_path / "merged").exists()
+    monkeypatch.undo()
+    export_form(str(made.adapter), tmp_path / "merged", "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_generation_settings_come_along(make_lora_vlm, shared, tmp_path):
+    model = make_lora_vlm()
+    model.generation_config.eos_token_id = [5, 7]
+    adapter = save_adapter(tmp_path / "adapter", model, shared)
+    export_form(str(adapter), tmp_path / "merged", "merged")
+    for folder in (adapter, tmp_path / "merged"):
+        assert load(folder).generation_config.eos_token_id == [5, 7]
+
+
+# Merging -------------------------------------------------------------------------------------------------------------
+
+
+def test_merging_into_dequantised_weights_keeps_the_logits(made):
+    expected = logits_of(load(made.adapter), made.inputs)
+    merged = load(made.root / "merged")
+    assert not quantised(merged) and not any("lora" in name for name in merged.state_dict())
+    torch.testing.assert_close(logits_of(merged, made.inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_merging_into_the_original_weights_is_another_model(made, tmp_path):
+    export_form(str(made.adapter), tmp_path / "merged", "merged", base="original")
+    logits = logits_of(load(tmp_path / "merged"), made.inputs)
+    expected = logits_of(load(made.adapter, base_bits=16), made.inputs)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert (logits - logits_of(load(made.adapter), made.inputs)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_lora_and_dora_merge_from_bases_of_all_bits(
+    make_lora_vlm, make_vlm, base_folder, shared, images, tmp_path, bits, use_dora
+):
+    pytest.importorskip("bitsandbytes")
+    model = make_lora_vlm()
+    if use_dora:
+        model = make_vlm(base_language_model=str(base_folder))
+        model.add_lora(LORA | {"use_dora": True})
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+            if "magnitude" in name:
+                parameter.data *= torch.rand_like(parameter) + 0.5
+    model.config.base_bits = bits
+    adapter = save_adapter(tmp_path / "adapter", model, shared)
+    inputs = inputs_of(SigPhiProcessor.from_pretrained(adapter), images)
+    expected = logits_of(load(adapter), inputs)
+    merged = load(adapter).merge_lora()
+    assert not quantised(merged)
+    logits = logits_of(merged, inputs)
+    if bits == 8:  # these layers round their input too
+        assert F.cosine_similarity(logits, expected).min() > 0.995
+    else:
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_layers_with_transposed_weights_merge_too(shared, tiny_encoder, tmp_path, images, bits):
+    pytest.importorskip("bitsandbytes")
+    text = GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2)
+    base = GPT2LMHeadModel(text).eval()
+    base.save_pretrained(tmp_path / "base")
+    config = SigPhiConfig(
+        vision_config=tiny_encoder.vision_model.config,
+        text_config=text,
+        image_token_id=shared["tokenizer"].convert_tokens_to_ids("<image>"),
+        pad_token_id=shared["tokenizer"].pad_token_id,
+        lm_head_bias=False,
+        tie_word_embeddings=True,
+        base_language_model=str(tmp_path / "base"),
+        base_bits=bits,
+    )
+    model = SigPhiForConditionalGeneration.from_parts(config, tiny_encoder.vision_model, base)
+    # Quantised they are the other way round.
+    model.add_lora({"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": bits == 16})
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    adapter = save_adapter(tmp_path / "adapter", model, shared)
+    inputs = inputs_of(SigPhiProcessor.from_pretrained(adapter), images)
+    expected = logits_of(load(adapter), inputs)
+    export_form(str(adapter), tmp_path / "merged", "merged")
+    merged = load(tmp_path / "merged")
+    assert merged.lm_head.weight.data_ptr() == merged.get_input_embeddings().weight.data_ptr()
+    torch.testing.assert_close(logits_of(merged, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_are_summed_in_float32_and_rounded_once(make_lora_vlm, shared, tmp_path):
+    model = make_lora_vlm()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapter = save_adapter(tmp_path / "adapter", model, shared)
+    export_form(str(adapter), tmp_path / "merged", "merged", dtype="bfloat16")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in merged.values() if tensor.is_floating_point()} == {torch.bfloat16}
+    layer = "model.language_model.layers.0.mlp.fc1"
+    scale = LORA["lora_alpha"] / LORA["r"] ** 0.5
+    lora = state[f"{layer}.lora_B.default.weight"] @ state[f"{layer}.lora_A.default.weight"] * scale
+    exact = (state[f"{layer}.base_layer.weight"] + lora).to(torch.bfloat16)
+    assert torch.equal(merged[f"{layer}.weight"], exact)
+
+
+# 4 bits --------------------------------------------------------------------------------------------------------------
+
+
+def linears(model: Any) -> set[str]:
+    names = model.model.language_model.named_modules()
+    return {f"model.language_model.{name}" for name, module in names if isinstance(module, nn.Linear)}
+
+
+def test_nf4_quantises_the_language_model_and_nothing_else(made):
+    model, merged = load(made.root / "nf4"), load(made.root / "merged")
+    assert quantised(model) == linears(merged)
+    state = merged.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name.startswith(("lm_head", "model.vision_tower", "model.multi_modal_projector")):
+            assert torch.equal(tensor, state[name]), name
+    similar = F.cosine_similarity(logits_of(model, made.inputs), logits_of(merged, made.inputs))
+    assert 0.9 < similar.min() < 1 - 1e-6
+
+
+def test_what_is_unpacked_from_nf4_says_the_same(made):
+    unpacked = load(made.root / "unpacked")
+    assert not quantised(unpacked)
+    expected = logits_of(load(made.root / "nf4"), made.inputs)
+    torch.testing.assert_close(logits_of(unpacked, made.inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", [None, ["fc1"]])
+@pytest.mark.parametrize("form", ["merged", "second"])
+def test_a_reader_s_own_quantisation_spares_tower_and_projector(made, form, given):
+    options = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=given)
+    model = load(made.root / form, quantization_config=options)
+    assert options.llm_int8_skip_modules == given, "the reader's object stays as it is"
+    expected = {name for name in linears(load(made.root / "merged")) if given is None or not name.endswith("fc1")}
+    found = {name.removesuffix(".base_layer") for name in quantised(model)}
+    assert found - {"lm_head"} == expected
+    assert ("lm_head" in found) == (given is not None)
+    assert logits_of(model, made.inputs).isfinite().all()
+
+
+# A base inside one of ours -------------------------------------------------------------------------------------------
+
+
+def test_the_base_may_be_the_language_model_of_a_vlm(made):
+    model = load(made.root / "second")
+    merged = load(made.root / "merged", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    assert len(quantised(model)) == len(quantised(merged)) == 12
+    assert (logits_of(model, made.inputs) - logits_of(load(made.adapter), made.inputs)).abs().max() > 1e-2
+    plain = load(made.root / "second", base_bits=16)
+    torch.testing.assert_close(plain.lm_head.weight, load(made.root / "merged").lm_head.weight)
+    assert not quantised(plain)
+
+
+def test_a_base_in_4_bits_keeps_them(made):
+    model = load(made.root / "second", base_language_model=str(made.root / "nf4"))
+    stored, found = load(made.root / "nf4"), model.model.language_model.layers[0].mlp.fc1.base_layer
+    assert torch.equal(found.weight, stored.model.language_model.layers[0].mlp.fc1.weight)
+    with pytest.raises(ValueError, match="is stored in 4 bits, and `base_bits` is 16"):
+        load(made.root / "second", base_language_model=str(made.root / "nf4"), base_bits=16)
+
+
+def test_a_base_in_adapter_form_is_refused(made):
+    with pytest.raises(ValueError, match="is itself in adapter form: merge that first"):
+        load(made.root / "second", base_language_model=str(made.adapter))
+
+
+# A stranger ----------------------------------------------------------------------------------------------------------
+
+STRANGER = """
+import os, torch
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+torch.set_num_threads(1)
+root, inputs, found = os.environ["ROOT"], torch.load(os.environ["INPUTS"]), {}
+for name in os.environ["FORMS"].split():
+    model = AutoModelForImageTextToText.from_pretrained(f"{root}/{name}", trust_remote_code=True)
+    headless = AutoModel.from_pretrained(f"{root}/{name}", trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    AutoProcessor.from_pretrained(f"{root}/{name}", trust_remote_code=True)
+    with torch.no_grad():
+        states = headless(**inputs).last_hidden_state
+        found[name] = {"logits": model(**inputs).logits, "states": states}
+    found[name]["answers"] = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+torch.save(found, os.environ["FOUND"])
+"""
+FORMS = ("adapter", "merged", "nf4", "copy", "unpacked", "second")
+
+
+@pytest.fixture(scope="module")
+def found(made, run_stranger):
+    torch.save(made.inputs, made.root / "inputs.pt")
+    paths = {"ROOT": made.root, "INPUTS": made.root / "inputs.pt", "FOUND": made.root / "found.pt"}
+    run_stranger(STRANGER, FORMS=" ".join(FORMS), **paths)
+    return torch.load(made.root / "found.pt")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_read_by_the_same_lines_without_this_package(made, found, form):
+    model = load(made.root / form)
+    with torch.no_grad():
+        assert torch.equal(found[form]["logits"], model(**made.inputs).logits)
+        assert torch.equal(found[form]["states"], model.model(**made.inputs).last_hidden_state)
+    assert torch.equal(found[form]["answers"], model.generate(**made.inputs, max_new_tokens=4, do_sample=False))
