@@ -212,6 +212,11 @@ class VlmModelArguments:
     _argument_group_name = "vlm"
 
     siglip_checkpoint: str = HfArg(help="The trained encoder: a folder or Hub id.", default="")
+    vlm_checkpoint: str | None = HfArg(
+        help="Instead of --siglip-checkpoint and --language-model: a VLM to train on, a folder or Hub id in adapter, "
+        "merged or nf4 form (see docs/vlm.md).",
+        default=None,
+    )
     language_model: str = HfArg(help="Any causal language model: a folder or Hub id.", default="microsoft/phi-2")
     language_model_revision: str | None = HfArg(help="Revision of the language model.", default=None)
     num_image_tokens: int = HfArg(
@@ -238,8 +243,7 @@ class VlmModelArguments:
     )
 
     def __post_init__(self) -> None:
-        if not self.siglip_checkpoint:
-            raise UserError("--siglip-checkpoint is needed: the encoder that `sigphi train-siglip` wrote.")
+        self._check_start()
         one_of("--tuning", self.tuning, ("lora", "full"))
         one_of("--bits", self.bits, (4, 8, 16))
         one_of("--image-cache", self.image_cache, ("on", "off"))
@@ -252,6 +256,25 @@ class VlmModelArguments:
             raise UserError(
                 f"--bits {self.bits} needs bitsandbytes: pip install 'sigphi[qlora]' (or train with --bits 16)."
             )
+
+    @property
+    def starts_from(self) -> str:
+        """The folder or Hub id of the model whose image tower is used: an encoder, or a VLM."""
+        return self.vlm_checkpoint or self.siglip_checkpoint
+
+    def _check_start(self) -> None:
+        if self.vlm_checkpoint is None:
+            if not self.siglip_checkpoint:
+                raise UserError(
+                    "--siglip-checkpoint is needed: the encoder that `sigphi train-siglip` wrote (or "
+                    "--vlm-checkpoint, a VLM to train on)."
+                )
+            return
+        for name in ("siglip_checkpoint", "language_model", "language_model_revision", "num_image_tokens"):
+            if getattr(self, name) != getattr(VlmModelArguments, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')} has no use with --vlm-checkpoint, which has its own: leave one out."
+                )
 
 
 @dataclass

@@ -7,6 +7,7 @@ sigphi evaluate outputs/siglip --dataset captions --dataset-split test --text-co
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,10 +127,10 @@ def only_unseen(dataset: datasets.Dataset, model: str) -> datasets.Dataset:
         logger.warning("%s does not record what it was trained on; scores may cover images that it has seen.", model)
         return dataset
     facts = json.loads(record.read_text(encoding="utf-8"))
-    if facts.get("dataset") or (facts.get("encoder") or {}).get("dataset"):
+    # A VLM has seen its own training images, those of the VLM that it started from, and its image tower others.
+    sources = list(_trainings(facts))
+    if any(source.get("dataset") for source in sources):
         logger.warning("%s or its encoder was trained on another set; scores may cover images of it.", model)
-    # A VLM has seen its own training images, and its image tower those of the encoder.
-    sources = [facts, facts["encoder"]] if facts.get("encoder") else [facts]
     keys = zip(dataset["split"], dataset["dataset_index"], strict=True)
     keep = [row for row, (split, index) in enumerate(keys) if not any(_saw(one, split, index) for one in sources)]
     if not keep:
@@ -144,6 +145,14 @@ def only_unseen(dataset: datasets.Dataset, model: str) -> datasets.Dataset:
             model,
         )
     return dataset.select(keep)
+
+
+def _trainings(facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The records of a training and of all that it was built on."""
+    yield facts
+    for name in ("encoder", "vlm_checkpoint"):
+        if facts.get(name):
+            yield from _trainings(facts[name])
 
 
 def _saw(facts: dict[str, Any], split: str, index: int) -> bool:

@@ -49,6 +49,7 @@ from sigphi.train.packing import (
 from sigphi.train.padding import padding_share, random_batches
 from sigphi.train.pairs import text_key
 from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
+from sigphi.train.second_round import checkpoint_config, encoder_of, settle
 from sigphi.train.siglip import distinct_texts, encoder_config, encoder_processor
 from sigphi.train.text_tower import length_batches, token_ids
 from sigphi.train.vlm import check_lengths, check_models, choose_watched, row_length
@@ -366,15 +367,13 @@ def read_vlm_case(model: VlmModelArguments, data_arguments: DataArguments, train
         UserError: as `sigphi train-vlm` does before any weights load.
     """
     check_evaluation(data_arguments, training)
+    model = settle(model)
     language_config = check_models(model)
-    encoder = read_config(model.siglip_checkpoint, "--siglip-checkpoint", SiglipResNetConfig.model_type)
     text = language_config.get_text_config()
-    tokenizer = prepare_tokenizer(_tokenizer(model.language_model, model.language_model_revision))
-    image_processor = SiglipResNetProcessor.from_pretrained(model.siglip_checkpoint).image_processor
-    processor = SigPhiProcessor(image_processor, tokenizer, num_image_tokens=model.num_image_tokens)
+    encoder, processor = _encoder_and_processor(model)
     data = load_data(data_arguments)
     if "eval" in data:
-        data["eval"] = only_unseen(data["eval"], model.siglip_checkpoint)
+        data["eval"] = only_unseen(data["eval"], model.starts_from)
     choose_watched(data, data_arguments.split_seed, training)
     everything = datasets.concatenate_datasets(list(data.values()))
     images, positions = distinct_images(everything)
@@ -393,10 +392,20 @@ def read_vlm_case(model: VlmModelArguments, data_arguments: DataArguments, train
         prompts=prompts,
         encoder=encoder,
         text=text,
-        tokenizer=tokenizer,
+        tokenizer=processor.tokenizer,
         sizes=question_sizes(rows, processor.image_token_id),
         packs=row_length(model, training, language_config, rows, option) is not None,
     )
+
+
+def _encoder_and_processor(model: VlmModelArguments) -> tuple[SiglipResNetConfig, SigPhiProcessor]:
+    """Of settled options: the config of the encoder, and what prepares questions and images."""
+    if model.vlm_checkpoint is not None:
+        return encoder_of(checkpoint_config(model)), SigPhiProcessor.from_pretrained(model.vlm_checkpoint)
+    encoder = read_config(model.siglip_checkpoint, "--siglip-checkpoint", SiglipResNetConfig.model_type)
+    tokenizer = prepare_tokenizer(_tokenizer(model.language_model, model.language_model_revision))
+    image_processor = SiglipResNetProcessor.from_pretrained(model.siglip_checkpoint).image_processor
+    return encoder, SigPhiProcessor(image_processor, tokenizer, num_image_tokens=model.num_image_tokens)
 
 
 def _tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:

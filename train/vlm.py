@@ -2,6 +2,7 @@
 
 sigphi train-vlm --input-csv qa.csv --siglip-checkpoint outputs/siglip --output-dir outputs/vlm
 accelerate launch -m sigphi.train.vlm --input-csv qa.csv --siglip-checkpoint outputs/siglip
+sigphi train-vlm --input-csv more.csv --vlm-checkpoint outputs/vlm --output-dir outputs/vlm2   # a second round
 """
 
 import json
@@ -42,6 +43,7 @@ from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
 from sigphi.train.qlora import build_vlm, load_language_model
 from sigphi.train.records import write_training_data
 from sigphi.train.report import write_loss_curve
+from sigphi.train.second_round import checkpoint_config, load_checkpoint, settle
 from sigphi.train.trainers import VlmTrainer
 from sigphi.train.vlm_evaluation import encode_images
 
@@ -52,12 +54,17 @@ def check_models(arguments: VlmModelArguments) -> PreTrainedConfig:
     """
     Check that both models are there and of the right kind, before any weights load.
 
+    Args:
+        arguments (`VlmModelArguments`): settled options, see [`settle`].
+
     Returns:
         `PreTrainedConfig`: the language model's.
 
     Raises:
         UserError: naming the option, its value and the remedy.
     """
+    if arguments.vlm_checkpoint is not None:
+        return checkpoint_config(arguments).text_config
     encoder = read_config(arguments.siglip_checkpoint, "--siglip-checkpoint", SiglipResNetConfig.model_type)
     language = read_config(arguments.language_model, "--language-model", revision=arguments.language_model_revision)
     if language.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -75,7 +82,9 @@ def check_models(arguments: VlmModelArguments) -> PreTrainedConfig:
 
 
 def build_processor(arguments: VlmModelArguments) -> SigPhiProcessor:
-    """The encoder's image processor and the language model's tokenizer, prepared for images."""
+    """The encoder's image processor and the language model's tokenizer, prepared for images; or a VLM's own."""
+    if arguments.vlm_checkpoint is not None:
+        return SigPhiProcessor.from_pretrained(arguments.vlm_checkpoint)
     revision = arguments.language_model_revision or "main"
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(arguments.language_model, revision=revision))
     image_processor = SiglipResNetProcessor.from_pretrained(arguments.siglip_checkpoint).image_processor
@@ -90,6 +99,8 @@ def build_model(
 ) -> SigPhiForConditionalGeneration:
     """The VLM that the options describe, in the precision of training."""
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    if model_arguments.vlm_checkpoint is not None:
+        return load_checkpoint(model_arguments, dtype, attn_implementation, arguments.device)
     encoder = SiglipResNetModel.from_pretrained(model_arguments.siglip_checkpoint, dtype=dtype)
     language_model = load_language_model(
         model_arguments,
@@ -229,11 +240,12 @@ def main(argv: list[str] | None = None) -> None:
         [VlmModelArguments, DataArguments, VlmTrainingArguments], argv, "sigphi train-vlm"
     )
     check_evaluation(data_arguments, arguments)
+    model_arguments = settle(model_arguments)
     language_config = check_models(model_arguments)
     set_seed(arguments.seed)
     data = load_data(data_arguments)
     if "eval" in data:
-        data["eval"] = only_unseen(data["eval"], model_arguments.siglip_checkpoint)
+        data["eval"] = only_unseen(data["eval"], model_arguments.starts_from)
     watched = choose_watched(data, data_arguments.split_seed, arguments)
     everything = datasets.concatenate_datasets(list(data.values()))
     images, positions = distinct_images(everything)
@@ -267,7 +279,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(arguments.output_dir)
-        write_training_data(folder, data["train"], data_arguments, Path(model_arguments.siglip_checkpoint))
+        kind = "encoder" if model_arguments.vlm_checkpoint is None else "vlm_checkpoint"
+        write_training_data(folder, data["train"], data_arguments, **{kind: Path(model_arguments.starts_from)})
         write_loss_curve(trainer.state.log_history, folder)
         # The other processes end well: one that fails takes this one with it before it has said why.
         if looks is not None and looks.is_blind and arguments.stop_if_blind:
