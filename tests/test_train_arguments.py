@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
+from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS
 
 from sigphi.train import arguments as arguments_module
 from sigphi.train import plan, quickstart, siglip
 from sigphi.train.arguments import (
+    BITSANDBYTES_OPTIMIZERS,
     DataArguments,
     EncoderDataArguments,
     SiglipModelArguments,
@@ -92,6 +94,17 @@ def test_full_tuning_needs_16_bits():
     assert VlmModelArguments(siglip_checkpoint="encoder", tuning="full", bits=16).tuning == "full"
 
 
+def test_the_optimizers_of_bitsandbytes_need_it(monkeypatch, tmp_path):
+    options = {"output_dir": str(tmp_path), "report_to": "none"}
+    names = [*_BITSANDBYTES_OPTIMIZERS]
+    assert set(BITSANDBYTES_OPTIMIZERS) == {name.value for name in names}
+    VlmTrainingArguments(optim="paged_adamw_8bit", **options)
+    monkeypatch.setattr(arguments_module, "is_bitsandbytes_available", lambda: False)
+    VlmTrainingArguments(**options)
+    with pytest.raises(UserError, match=r"--optim paged_adamw_8bit needs .*pip install 'sigphi\[qlora\]'"):
+        VlmTrainingArguments(optim="paged_adamw_8bit", **options)
+
+
 @pytest.mark.parametrize(
     ("dataclass_type", "values", "message"),
     [
@@ -100,6 +113,16 @@ def test_full_tuning_needs_16_bits():
         (VlmModelArguments, {"siglip_checkpoint": "e", "tuning": "half"}, "--tuning must be .*'half'"),
         (VlmModelArguments, {"siglip_checkpoint": "e", "attn_implementation": "x"}, "--attn-implementation .*'x'"),
         (VlmModelArguments, {"siglip_checkpoint": "e", "image_cache": "auto"}, "--image-cache .*'auto'"),
+        (
+            VlmModelArguments,
+            {"siglip_checkpoint": "e", "bits": 16, "tuning": "full", "use_dora": True},
+            "--use-dora is a kind of LoRA",
+        ),
+        (
+            VlmModelArguments,
+            {"siglip_checkpoint": "e", "bits": 8, "use_dora": True},
+            "--use-dora needs the whole weights .*--bits 4 or --bits 16",
+        ),
         (DataArguments, {}, "--input-csv is needed"),
         (EncoderDataArguments, {}, "--input-csv is needed"),
         (EncoderDataArguments, {"input_csv": "a", "dataset": "d"}, "--input-csv has no use with --dataset"),
@@ -256,6 +279,13 @@ def test_the_names_of_the_earlier_scripts_parse(types, style, tmp_path):
     assert training.num_train_epochs == 3
     assert training.learning_rate == 5e-5
     assert model.siglip_checkpoint == "encoder"
+
+
+def test_the_image_cache_has_a_second_name():
+    argv = ["--siglip-checkpoint", "encoder", "--feature-cache", "off"]
+    assert parse_arguments([VlmModelArguments], argv, "sigphi train-vlm")[0].image_cache == "off"
+    argv = ["--siglip-checkpoint", "encoder", "--feature-cache-dir", "folder"]
+    assert parse_arguments([VlmModelArguments], argv, "sigphi train-vlm")[0].image_cache_dir == "folder"
 
 
 def test_gradient_checkpointing_is_not_reentrant(tmp_path):

@@ -1,6 +1,7 @@
 """What trainings need, against trainings that run."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from conftest import TEXT_CONFIG, VISION_CONFIG, token_ids
 from torch import nn
-from transformers import AutoConfig, PhiConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PhiConfig
 
 from sigphi import SiglipResNetConfig, SiglipResNetModel
 from sigphi.train.arguments import (
@@ -26,6 +27,7 @@ from sigphi.train.costs import (
     VlmBatch,
     VlmSetup,
     highest,
+    optimizer_of,
     siglip_costs,
     vlm_costs,
 )
@@ -152,6 +154,40 @@ def test_optimizer_states_are_those_of_a_real_optimizer(make_setup, real_step):
     states = [value for state in optimizer.state.values() for value in state.values()]
     assert costs.optimizer == sum(value.numel() * value.itemsize for value in states)
     assert costs.optimizer == pytest.approx(8 * costs.trained, rel=0.01)
+
+
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit", "lion_8bit", "paged_adamw_32bit"])
+def test_the_states_of_bitsandbytes_are_those_of_a_real_optimizer(make_setup, optim):
+    # Of a tensor with fewer than 4096 numbers they are whole.
+    costs = vlm_costs(make_setup(bits=16, lora_r=64, optim=optim), BATCH)
+    setup = make_setup(bits=16, lora_r=64, optim=optim)
+    with torch.device("cpu"):
+        language_model = AutoModelForCausalLM.from_config(setup.text)
+        tower = SiglipResNetModel(setup.encoder).vision_model
+    model = build_vlm(tower, language_model, setup.tokenizer, setup.model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on a CPU nothing is paged
+        optimizer = optimizer_of(setup.training, model, trained)
+        for parameter in trained:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    states = [
+        value.nbytes
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and not name.startswith("qmap")  # one for all parameters
+    ]
+    assert costs.optimizer == sum(states)
+    if "8bit" in optim:
+        assert costs.optimizer < (5 if "adam" in optim else 3) * costs.trained
+
+
+def test_dora_trains_the_lengths_too(make_setup):
+    plain, dora = (vlm_costs(make_setup(bits=16, use_dora=use), BATCH) for use in (False, True))
+    hidden, inner = TEXT_CONFIG["hidden_size"], TEXT_CONFIG["intermediate_size"]
+    assert dora.trained - plain.trained == TEXT_CONFIG["num_hidden_layers"] * (5 * hidden + inner)
+    assert sums(dora)["forward"] > sums(plain)["forward"]
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -308,8 +344,13 @@ def test_an_encoder_that_caches_texts_does_not_run_its_tower_in_a_step(text_conf
 
 
 def test_an_optimizer_that_needs_data_is_an_error(make_setup):
-    with pytest.raises(UserError, match="--optim paged_adamw_8bit .* adamw_torch_fused"):
-        vlm_costs(make_setup(bits=16, optim="paged_adamw_8bit"), BATCH)
+    with pytest.raises(UserError, match="--optim adafactor .* adamw_torch_fused"):
+        vlm_costs(make_setup(bits=16, optim="adafactor"), BATCH)
+
+
+def test_dora_on_quantised_weights_is_an_error(make_setup):
+    with pytest.raises(UserError, match="--use-dora with --bits 4 cannot be planned"):
+        vlm_costs(make_setup(bits=4, use_dora=True), BATCH)
 
 
 def test_features_are_counted_for_one_item(make_setup):

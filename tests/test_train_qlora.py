@@ -1,15 +1,18 @@
 """The VLM put together for training: what is quantised, what LoRA adapts, what is trained."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import TEXT_CONFIG, token_ids
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sigphi import SigPhiForConditionalGeneration
+from sigphi.train import qlora
 from sigphi.train.arguments import VlmModelArguments
 from sigphi.train.prompts import prepare_tokenizer
 from sigphi.train.qlora import build_vlm, keep_4bit_weights_trainable_on_cpu, linear_names, load_language_model
@@ -85,6 +88,69 @@ def test_lora_adapts_every_linear_layer_of_the_language_model(qlora_vlm):
         assert layer.r["default"] == 8
         assert layer.scaling["default"] == pytest.approx(16 / 8**0.5)
         assert not layer.lora_B["default"].weight.any() and layer.lora_A["default"].weight.any()
+
+
+@pytest.mark.parametrize(("use_rslora", "scale"), [(True, 16 / 8**0.5), (False, 16 / 8)])
+def test_the_scale_of_lora_is_rank_stabilised_or_not(tiny_encoder, base_folder, use_rslora, scale, tmp_path):
+    model = build(tiny_encoder, base_folder, bits=16, use_rslora=use_rslora)
+    model.save_pretrained(tmp_path)
+    for one in (model, SigPhiForConditionalGeneration.from_pretrained(tmp_path)):
+        layers = [one.get_submodule(name) for name in adapted_layers(one)]
+        assert layers and all(layer.scaling["default"] == pytest.approx(scale) for layer in layers)
+
+
+def magnitudes(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in model.named_parameters() if ".lora_magnitude_vector." in name}
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_dora_is_trained_saved_loaded_and_saved_again(tiny_encoder, base_folder, bits, tmp_path):
+    model = build(tiny_encoder, base_folder, bits=bits, use_dora=True)
+    before = {name: tensor.detach().clone() for name, tensor in magnitudes(model).items()}
+    assert len(before) == len(adapted_layers(model)) > 0
+    batch = batch_for(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()
+    for _ in range(2):
+        model(**batch).loss.backward()
+        optimizer.step()
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in magnitudes(model).items())
+    assert all(tensor.dtype == torch.float32 for tensor in magnitudes(model).values())
+    logits = model.eval()(**batch).logits
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        model.save_pretrained(folder)
+        stored = load_file(folder / "lora" / "adapter_model.safetensors")
+        assert sum(name.endswith("lora_magnitude_vector") for name in stored) == len(before)
+        assert json.loads((folder / "lora" / "adapter_config.json").read_text())["use_dora"]
+        model = SigPhiForConditionalGeneration.from_pretrained(folder)
+        torch.testing.assert_close(model(**batch).logits, logits, rtol=0, atol=0)
+
+
+def test_dora_merges_into_the_weights_that_it_stands_for(tiny_encoder, base_folder):
+    model = build(tiny_encoder, base_folder, bits=16, use_dora=True).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    batch = batch_for(model)
+    logits = model(**batch).logits
+    merged = model.merge_lora()
+    assert not any("lora_" in name for name in merged.state_dict())
+    torch.testing.assert_close(merged(**batch).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_language_model_lies_on_the_device_of_its_process(monkeypatch, base_folder):
+    given: dict[str, Any] = {}
+
+    def from_pretrained(name: str, **kwargs: Any) -> nn.Module:
+        given.update(kwargs)
+        return nn.Linear(1, 1)
+
+    monkeypatch.setattr(qlora.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    arguments = VlmModelArguments(siglip_checkpoint="encoder", language_model=str(base_folder), bits=4)
+    # As `TrainingArguments.device` is in the second process of a machine.
+    load_language_model(arguments, torch.bfloat16, "sdpa", torch.device("cuda", 1))
+    assert given["device_map"] == {"": torch.device("cuda", 1)}
+    assert given["quantization_config"].bnb_4bit_quant_type == "nf4"
 
 
 def test_only_lora_and_projector_are_trained_in_float32(qlora_vlm):

@@ -20,6 +20,13 @@ from sigphi.train.precision import cpu_has_bfloat16
 logger = logging.getLogger(__name__)
 
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flex_attention")
+# Of `--optim`. The paged ones move their states to the machine's own memory when the GPU's runs short.
+BITSANDBYTES_OPTIMIZERS = (
+    *("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
+    *("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
+    *("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"),
+    *("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
+)
 
 
 @dataclass
@@ -225,19 +232,29 @@ class VlmModelArguments:
     tuning: str = HfArg(help="'lora', or 'full' for all weights of the language model.", default="lora")
     bits: int = HfArg(help="Precision of the frozen language model: 4 (NF4), 8 or 16.", default=4)
     lora_r: int = HfArg(help="Rank of the LoRA matrices.", default=8)
-    lora_alpha: int = HfArg(help="LoRA scale numerator; the scale is alpha / sqrt(r).", default=16)
+    lora_alpha: int = HfArg(help="Numerator of LoRA's scale.", default=16)
+    use_rslora: bool = HfArg(
+        help="Scale LoRA by alpha / sqrt(r) (rank-stabilised, arXiv 2312.03732), not by alpha / r.", default=True
+    )
     lora_dropout: float = HfArg(help="Dropout before the LoRA matrices.", default=0.05)
+    use_dora: bool = HfArg(
+        help="Train the length of each column of the adapted weights apart from its direction (DoRA, arXiv "
+        "2402.09353): slower.",
+        default=False,
+    )
     attn_implementation: str = HfArg(
         help="'auto' (sdpa with --packing; else FlashAttention-2 where it can run, else sdpa), 'eager', 'sdpa', "
         "'flash_attention_2' (no packing), 'flex_attention' (CUDA).",
         default="auto",
     )
     image_cache: str = HfArg(
+        aliases=["--feature-cache", "--feature_cache"],
         help="Run the frozen image tower once per image, before training, and keep what it says in a file: 'on', "
         "'off'.",
         default="on",
     )
     image_cache_dir: str | None = HfArg(
+        aliases=["--feature-cache-dir", "--feature_cache_dir"],
         help="Folder of that file, which later runs read again; by default sigphi in the cache of Hugging Face.",
         default=None,
     )
@@ -252,6 +269,13 @@ class VlmModelArguments:
         one_of("--attn-implementation", self.attn_implementation, ATTENTION)
         if self.tuning == "full" and self.bits != 16:
             raise UserError(f"--tuning full trains all weights, which {self.bits}-bit ones cannot be: add --bits 16.")
+        if self.tuning == "full" and self.use_dora:
+            raise UserError("--use-dora is a kind of LoRA, and --tuning full has none: leave one of them out.")
+        if self.bits == 8 and self.use_dora:
+            raise UserError(
+                "--use-dora needs the whole weights at each step, which peft does not get of 8-bit ones: add --bits 4 "
+                "or --bits 16."
+            )
         if self.bits < 16 and not is_bitsandbytes_available():
             raise UserError(
                 f"--bits {self.bits} needs bitsandbytes: pip install 'sigphi[qlora]' (or train with --bits 16)."
@@ -314,6 +338,10 @@ class SigphiTrainingArguments(TrainingArguments):
                     f"--report-to {tracker}: transformers knows no such tracker, or its package is missing "
                     f"(pip install {tracker}); installed here: {', '.join(available) or 'none'}."
                 )
+        if self.optim in BITSANDBYTES_OPTIMIZERS and not is_bitsandbytes_available():
+            raise UserError(
+                f"--optim {self.optim.value} needs bitsandbytes: pip install 'sigphi[qlora]' (or leave it out)."
+            )
 
     @property
     def has_bfloat16(self) -> bool:
@@ -560,6 +588,7 @@ def check_launch(arguments: TrainingArguments) -> None:
 
 __all__ = [
     "ATTENTION",
+    "BITSANDBYTES_OPTIMIZERS",
     "DataArguments",
     "QaArguments",
     "SigphiTrainingArguments",

@@ -25,6 +25,7 @@ from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel, SiglipResNetVisionModel
 from sigphi.modeling.modeling_sigphi import CACHE, SigPhiForConditionalGeneration, base_quantization
 from sigphi.train.arguments import (
+    BITSANDBYTES_OPTIMIZERS,
     SiglipModelArguments,
     SiglipTrainingArguments,
     VlmModelArguments,
@@ -182,7 +183,7 @@ def vlm_costs(setup: VlmSetup, batch: VlmBatch, speed: Speed | None = None) -> C
         speed (`Speed`, *optional*): of the device; without it `seconds` mean nothing.
 
     Raises:
-        UserError: if the optimizer is none that runs without data.
+        UserError: if the optimizer, or the kind of LoRA, is none that runs without data.
     """
     return _by_layers(
         setup.text,
@@ -259,6 +260,11 @@ def _on_line(low: Any, high: Any, position: float) -> Any:
 def _meta_vlm(setup: VlmSetup) -> SigPhiForConditionalGeneration:
     """The VLM as `train-vlm` builds it."""
     arguments = setup.model
+    if arguments.use_dora and arguments.bits < 16:
+        raise UserError(
+            f"--use-dora with --bits {arguments.bits} cannot be planned, because it reads the quantised weights: plan "
+            f"with --bits 16, or without --use-dora."
+        )
     dtype = torch.bfloat16 if setup.training.bf16 else torch.float32
     with torch.device("meta"):
         language_model = AutoModelForCausalLM.from_config(
@@ -461,11 +467,14 @@ def optimizer_of(arguments: TrainingArguments, model: Any, trained: list[nn.Para
     The Trainer's optimizer, over parameters without data.
 
     Raises:
-        UserError: unless it is one of torch's own.
+        UserError: unless it is one of torch or bitsandbytes.
     """
     trainer = SiglipTrainer if isinstance(arguments, SiglipTrainingArguments) else Trainer
     optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    if not issubclass(optimizer_class, Muon) and not optimizer_class.__module__.startswith("torch.optim"):
+    if arguments.optim in BITSANDBYTES_OPTIMIZERS:
+        # States that can leave the device count as on it: they leave only when it is full.
+        options = {name: value for name, value in options.items() if name != "is_paged"}
+    elif not issubclass(optimizer_class, Muon) and not optimizer_class.__module__.startswith("torch.optim"):
         raise UserError(
             f"--optim {arguments.optim.value} does not run without data, so that its memory cannot be planned; plan "
             f"with one of torch, such as adamw_torch_fused, which needs 8 bytes for each trained parameter."
@@ -647,6 +656,7 @@ __all__ = [
     "VlmBatch",
     "VlmSetup",
     "highest",
+    "optimizer_of",
     "siglip_costs",
     "vlm_costs",
 ]

@@ -131,12 +131,14 @@ def _add_lora(model: SigPhiForConditionalGeneration, arguments: VlmModelArgument
             "r": arguments.lora_r,
             "lora_alpha": arguments.lora_alpha,
             "lora_dropout": arguments.lora_dropout,
-            "use_rslora": True,
+            "use_rslora": arguments.use_rslora,
+            "use_dora": arguments.use_dora,
             "target_modules": targets,
         }
     )
     trained = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n and p.requires_grad)
-    logger.info("LoRA r=%d on %s: %d parameters", arguments.lora_r, targets, trained)
+    kind = "DoRA" if arguments.use_dora else "LoRA"
+    logger.info("%s r=%d on %s: %d parameters", kind, arguments.lora_r, targets, trained)
 
 
 __all__ = [

@@ -56,6 +56,8 @@ class _ArtifactTrainer(Trainer):
             model = self.model if model is None else model
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer: torch.optim.Optimizer = optimizer_class(self._parameter_groups(model), **options)
+            if options.get("optim_bits") == 8:
+                keep_embeddings_in_32_bits(model)
         return self.optimizer
 
     def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -98,6 +100,18 @@ class _ArtifactTrainer(Trainer):
         """The card is rendered from the folder's recorded facts, also before the Trainer pushes."""
         if self.is_world_process_zero():
             write_card(Path(self.args.output_dir))
+
+
+def keep_embeddings_in_32_bits(model: nn.Module) -> None:
+    """
+    Let 8-bit optimizers of bitsandbytes keep whole numbers for embeddings, whose rows move seldom and far, as its
+    authors advise (Dettmers et al., arXiv 2110.02861).
+    """
+    from bitsandbytes.optim import GlobalOptimManager
+
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.weight.requires_grad:
+            GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
 
 
 class SiglipTrainer(_ArtifactTrainer):
