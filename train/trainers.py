@@ -23,6 +23,7 @@ from sigphi.train.arguments import SiglipTrainingArguments, check_launch
 from sigphi.train.augmentation import cut_out, jitter_color, shift_and_flip, uniform_draws
 from sigphi.train.averaging import WeightAverage, check_averaged
 from sigphi.train.collators import normalize
+from sigphi.train.gradient_check import GradientCheck
 from sigphi.train.losses import global_sigmoid_loss
 from sigphi.train.muon import Muon
 from sigphi.train.packing import PackedBatches, question_sizes
@@ -331,6 +332,8 @@ class VlmTrainer(_ArtifactTrainer):
     supervised tokens of the evaluation set, however they are batched. So is the training loss over those of an update:
     the same for any batch size, accumulation, number of processes, padding or packing.
 
+    The first updates are watched: what is trained and gets no gradient is an error, see [`GradientCheck`].
+
     With `args.tokens_per_batch` the batches are those of [`PackedBatches`], for a [`PackingCollator`].
 
     Raises:
@@ -341,6 +344,9 @@ class VlmTrainer(_ArtifactTrainer):
         for name in ("train_dataset", "eval_dataset"):
             _check_answers(kwargs.get(name), name)
         super().__init__(**kwargs)
+        # There the gradients lie in parts, in places of their own.
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self.add_callback(GradientCheck())
 
     def learning_rate_of(self, name: str) -> float:
         """The projector starts from random weights and learns faster than what is already trained."""
