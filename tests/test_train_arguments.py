@@ -2,12 +2,13 @@
 
 import dataclasses
 import inspect
-import logging
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS
 
@@ -23,11 +24,11 @@ from sigphi.train.arguments import (
     VlmModelArguments,
     VlmTrainingArguments,
     check_launch,
-    choose_attn_implementation,
 )
 from sigphi.train.base_lm import BaseModelArguments, BaseTrainingArguments
 from sigphi.train.errors import UserError
 from sigphi.train.parser import parse_arguments
+from sigphi.train.precision import weights_dtype
 
 SIGLIP = [SiglipModelArguments, EncoderDataArguments, SiglipTrainingArguments]
 VLM = [VlmModelArguments, DataArguments, VlmTrainingArguments]
@@ -167,32 +168,6 @@ def test_refused_values(dataclass_type, values, message):
         dataclass_type(**values)
 
 
-@pytest.mark.parametrize(
-    ("installed", "cuda", "requested", "expected"),
-    [
-        (True, True, "auto", "flash_attention_2"),
-        (True, False, "auto", "sdpa"),
-        (False, True, "auto", "sdpa"),
-        (False, False, "auto", "sdpa"),
-        (True, True, "sdpa", "sdpa"),
-        (True, True, "eager", "eager"),
-        (True, True, "flash_attention_2", "flash_attention_2"),
-        (True, False, "flash_attention_2", None),
-        (False, True, "flash_attention_2", None),
-    ],
-)
-def test_attention_implementation(monkeypatch, caplog, installed, cuda, requested, expected):
-    monkeypatch.setattr(arguments_module, "is_flash_attn_2_available", lambda: installed)
-    monkeypatch.setattr(arguments_module.torch.cuda, "is_available", lambda: cuda)
-    if expected is None:
-        with pytest.raises(UserError, match="flash_attention_2 needs a CUDA device .*pip install flash-attn"):
-            choose_attn_implementation(requested)
-        return
-    with caplog.at_level(logging.INFO, logger=arguments_module.__name__):
-        assert choose_attn_implementation(requested) == expected
-    assert f"attention implementation: {expected} (requested {requested})" in caplog.text
-
-
 # Launching -----------------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +221,35 @@ def test_bfloat16_is_left_where_the_processor_has_none(
     options = arguments_class(output_dir=str(tmp_path), report_to="none", bf16=True, use_cpu=use_cpu)
     assert options.bf16 == expected
     assert ("training is in float32" in caplog.text) == (not expected)
+
+
+@pytest.fixture
+def gpu_without_bfloat16(monkeypatch):
+    """As on a T4, where torch emulates bfloat16."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla T4")
+    # What the Trainer's options would set up there.
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)
+
+
+@pytest.mark.parametrize("arguments_class", [SiglipTrainingArguments, VlmTrainingArguments])
+def test_a_gpu_without_bfloat16_is_told_what_it_can_do(gpu_without_bfloat16, tmp_path, arguments_class):
+    options: dict[str, Any] = {"output_dir": str(tmp_path), "report_to": []}
+    with pytest.raises(UserError, match=r"--bf16: this GPU \(Tesla T4\) .* --bf16 false --fp16 true"):
+        arguments_class(**options, bf16=True)
+    given = arguments_class(**options, bf16=False, fp16=True)
+    assert not given.has_bfloat16 and weights_dtype(given) == torch.float16
+    assert weights_dtype(arguments_class(**options, bf16=False)) == torch.float32
+
+
+def test_float16_needs_a_gpu_and_takes_the_place_of_bfloat16(tmp_path, monkeypatch):
+    options: dict[str, Any] = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "fp16": True}
+    with pytest.raises(UserError, match="--fp16 true add --bf16 false"):
+        VlmTrainingArguments(**options)
+    with pytest.raises(UserError, match="--fp16 needs a GPU"):
+        VlmTrainingArguments(**options, bf16=False)
 
 
 @pytest.mark.parametrize("trackers", ["no_such_tracker", ["tensorboard", "no_such_tracker"]])

@@ -12,10 +12,9 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations, is_tensorboard_available
 from transformers.utils import is_bitsandbytes_available
-from transformers.utils.import_utils import is_flash_attn_2_available
 
 from sigphi.train.errors import UserError
-from sigphi.train.precision import cpu_has_bfloat16
+from sigphi.train.precision import cpu_has_bfloat16, gpu_has_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -324,12 +323,13 @@ class SigphiTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             # Several CPU processes become one job only under this flag; without it each trains alone.
             self.use_cpu = True
+        self._check_precision()
         if self.bf16 and not self.has_bfloat16:
             logger.warning(
                 "training is in float32, as with --bf16 false: this processor has no arithmetic in bfloat16 and would "
                 "be many times slower with it"
             )
-            self.bf16 = False
+            self.bf16: bool = False
         super().__post_init__()
         available = get_available_reporting_integrations()
         for tracker in self.report_to:
@@ -346,7 +346,18 @@ class SigphiTrainingArguments(TrainingArguments):
     @property
     def has_bfloat16(self) -> bool:
         """Whether arithmetic in bfloat16 is no slower than in float32 where this training runs."""
-        return not self.use_cpu or cpu_has_bfloat16()
+        return cpu_has_bfloat16() if self.use_cpu else gpu_has_bfloat16()
+
+    def _check_precision(self) -> None:
+        if self.fp16 and self.bf16:
+            raise UserError("--fp16 and --bf16 are two precisions: with --fp16 true add --bf16 false.")
+        if self.fp16 and self.use_cpu:
+            raise UserError("--fp16 needs a GPU: leave it out (--bf16 true trains in 16 bits on a CPU that has them).")
+        if self.bf16 and not self.use_cpu and not gpu_has_bfloat16():
+            raise UserError(
+                f"--bf16: this GPU ({torch.cuda.get_device_name()}) has no arithmetic in bfloat16. Train with "
+                f"--bf16 false --fp16 true."
+            )
 
 
 @dataclass
@@ -432,6 +443,8 @@ class SiglipTrainingArguments(SigphiTrainingArguments):
             raise UserError(f"--micro-batch-size must be 0 (off) or more, got {self.micro_batch_size}.")
         if self.micro_batch_size > 0 and self.deepspeed:
             raise UserError("--micro-batch-size does not run under DeepSpeed, which sums gradients by itself.")
+        if self.muon and self.fp16:
+            raise UserError("--muon does not know the loss scaling of --fp16: train with --bf16 true.")
         if self.ddp_find_unused_parameters:
             raise UserError(
                 "--ddp-find-unused-parameters must stay off: t' and b are used after the model's forward pass, where "
@@ -442,8 +455,6 @@ class SiglipTrainingArguments(SigphiTrainingArguments):
             raise UserError(
                 f"--muon goes with --optim adamw_torch or adamw_torch_fused (the default), not {self.optim.value}."
             )
-        if self.muon and self.fp16:
-            raise UserError("--muon does not know the loss scaling of --fp16: train with --bf16 true.")
         if self.sync_batch_norm and self.device.type == "cpu":
             raise UserError("--sync-batch-norm needs GPUs: PyTorch has no SyncBatchNorm on CPU. Leave it out.")
 
@@ -532,38 +543,6 @@ def check_evaluation(data: DataArguments, training: TrainingArguments) -> None:
         )
 
 
-def choose_attn_implementation(requested: str, packs: bool = False) -> str:
-    """
-    The attention implementation for `--attn-implementation`.
-
-    `"auto"` is `"sdpa"` for packed rows; else FlashAttention-2 where a CUDA device and the package are present, else
-    `"sdpa"`. The choice is logged.
-
-    Args:
-        requested (`str`): the option.
-        packs (`bool`, *optional*, defaults to `False`): whether rows hold several questions, see [`choose_packing`].
-
-    Raises:
-        UserError: if FlashAttention-2 or FlexAttention is requested where it cannot run.
-    """
-    flash_runs = is_flash_attn_2_available() and torch.cuda.is_available()
-    if requested == "flash_attention_2" and not flash_runs:
-        raise UserError(
-            "--attn-implementation flash_attention_2 needs a CUDA device and the package: pip install flash-attn "
-            "(or use --attn-implementation auto)."
-        )
-    if requested == "flex_attention" and not torch.cuda.is_available():
-        raise UserError(
-            "--attn-implementation flex_attention needs a CUDA device: on a CPU it cannot train (use "
-            "--attn-implementation auto)."
-        )
-    choice = requested
-    if requested == "auto":
-        choice = "flash_attention_2" if flash_runs and not packs else "sdpa"
-    logger.info("attention implementation: %s (requested %s)", choice, requested)
-    return choice
-
-
 def check_launch(arguments: TrainingArguments) -> None:
     """
     Refuse set-ups in which several processes or devices would train something else than one model on one batch.
@@ -598,6 +577,5 @@ __all__ = [
     "VlmTrainingArguments",
     "check_evaluation",
     "check_launch",
-    "choose_attn_implementation",
     "one_of",
 ]

@@ -30,14 +30,15 @@ from sigphi.train.arguments import (
     SiglipTrainingArguments,
     VlmModelArguments,
     VlmTrainingArguments,
-    choose_attn_implementation,
 )
+from sigphi.train.attention import choose_attn_implementation
 from sigphi.train.averaging import averaged_tensors
 from sigphi.train.collators import IGNORE_INDEX
 from sigphi.train.errors import UserError
 from sigphi.train.losses import global_sigmoid_loss
 from sigphi.train.memory import MemoryMeter, Speed, fake_mode, materialize
 from sigphi.train.muon import Muon
+from sigphi.train.precision import weights_dtype
 from sigphi.train.qlora import build_vlm
 from sigphi.train.siglip import whiten_text_projection
 from sigphi.train.text_tower import TEXTS_A_BATCH, TOKENS_A_BATCH
@@ -265,28 +266,30 @@ def _meta_vlm(setup: VlmSetup) -> SigPhiForConditionalGeneration:
             f"--use-dora with --bits {arguments.bits} cannot be planned, because it reads the quantised weights: plan "
             f"with --bits 16, or without --use-dora."
         )
-    dtype = torch.bfloat16 if setup.training.bf16 else torch.float32
+    dtype = weights_dtype(setup.training)
     with torch.device("meta"):
         language_model = AutoModelForCausalLM.from_config(
             setup.text,
             dtype=torch.float32 if arguments.tuning == "full" else dtype,
-            attn_implementation=_attention(arguments, setup.packs),
+            attn_implementation=_attention(setup),
         )
         if arguments.bits < 16:
             _quantize(language_model, arguments.bits, dtype)
         vision_config: Any = setup.encoder.vision_config
-        vision_tower = SiglipResNetVisionModel(vision_config).to(dtype)
+        tower_dtype = torch.bfloat16 if setup.training.bf16 else torch.float32
+        vision_tower = SiglipResNetVisionModel(vision_config).to(tower_dtype)
         model = build_vlm(vision_tower, language_model, setup.tokenizer, arguments)
     model.config.use_cache = setup.training.use_cache  # as the Trainer does
     return model
 
 
-def _attention(arguments: VlmModelArguments, packs: bool) -> str:
+def _attention(setup: VlmSetup) -> str:
     """
     Neither FlashAttention nor FlexAttention runs without data; the fused kernels of sdpa keep no matrix of scores
     either.
     """
-    choice = choose_attn_implementation(arguments.attn_implementation, packs)
+    requested = setup.model.attn_implementation
+    choice = choose_attn_implementation(requested, setup.text, setup.packs, setup.training.fp16)
     return "sdpa" if choice in ("flash_attention_2", "flex_attention") else choice
 
 

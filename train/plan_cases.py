@@ -52,7 +52,7 @@ from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
 from sigphi.train.second_round import checkpoint_config, encoder_of, settle
 from sigphi.train.siglip import distinct_texts, encoder_config, encoder_processor
 from sigphi.train.text_tower import length_batches, token_ids
-from sigphi.train.vlm import check_lengths, check_models, choose_watched, row_length
+from sigphi.train.vlm import check_lengths, check_models, choose_watched, context_length, row_length
 
 # Options in other words than their fields'.
 _FLAGS = {"per_device_train_batch_size": "--batch-size"}
@@ -379,7 +379,7 @@ def read_vlm_case(model: VlmModelArguments, data_arguments: DataArguments, train
     images, positions = distinct_images(everything)
     rows = tokenized_rows(processor, everything, positions)
     option = f"--input-csv {data_arguments.input_csv}"
-    check_lengths(rows, everything, text.max_position_embeddings, option)
+    check_lengths(rows, everything, context_length(language_config), option)
     prompts = np.array([len(row["prompt_ids"]) for row in rows])
     return VlmCase(
         model=model,

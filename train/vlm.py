@@ -26,8 +26,8 @@ from sigphi.train.arguments import (
     VlmModelArguments,
     VlmTrainingArguments,
     check_evaluation,
-    choose_attn_implementation,
 )
+from sigphi.train.attention import choose_attn_implementation
 from sigphi.train.callbacks import LooksAtImageCallback, watched_rows
 from sigphi.train.checkpoints import read_config
 from sigphi.train.collators import VlmCollator
@@ -39,6 +39,7 @@ from sigphi.train.fingerprints import digest, tensor_parts
 from sigphi.train.images import decode_images
 from sigphi.train.packing import PackingCollator, choose_packing, packed_row_length
 from sigphi.train.parser import parse_arguments
+from sigphi.train.precision import weights_dtype
 from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
 from sigphi.train.qlora import build_vlm, load_language_model
 from sigphi.train.records import write_training_data
@@ -71,6 +72,11 @@ def check_models(arguments: VlmModelArguments) -> PreTrainedConfig:
         raise UserError(
             f"--language-model {arguments.language_model} is a {language.model_type!r} model, no causal LM."
         )
+    if language.get_text_config() is not language:
+        raise UserError(
+            f"--language-model {arguments.language_model} is a {language.model_type!r} model, which has more parts "
+            f"than a language model: give one of text alone."
+        )
     cells = encoder.vision_config.grid_size**2
     side = round(arguments.num_image_tokens**0.5)
     if side * side != arguments.num_image_tokens or not 1 <= arguments.num_image_tokens <= cells:
@@ -98,14 +104,15 @@ def build_model(
     attn_implementation: str,
 ) -> SigPhiForConditionalGeneration:
     """The VLM that the options describe, in the precision of training."""
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     if model_arguments.vlm_checkpoint is not None:
-        return load_checkpoint(model_arguments, dtype, attn_implementation, arguments.device)
-    encoder = SiglipResNetModel.from_pretrained(model_arguments.siglip_checkpoint, dtype=dtype)
+        return load_checkpoint(model_arguments, weights_dtype(arguments), attn_implementation, arguments.device)
+    # In float16 a trained ResNet may overflow, and it is small.
+    tower_dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    encoder = SiglipResNetModel.from_pretrained(model_arguments.siglip_checkpoint, dtype=tower_dtype)
     language_model = load_language_model(
         model_arguments,
-        # Full training needs float32 master weights; the arithmetic is in bfloat16 by autocast all the same.
-        torch.float32 if model_arguments.tuning == "full" else dtype,
+        # Full training needs float32 master weights; the arithmetic is in 16 bits by autocast all the same.
+        torch.float32 if model_arguments.tuning == "full" else weights_dtype(arguments),
         attn_implementation,
         arguments.device,
     )
@@ -177,11 +184,17 @@ def image_features(
     )
 
 
-def check_lengths(rows: list[dict[str, Any]], dataset: datasets.Dataset, longest: int, option: str) -> None:
-    """Raise a [`UserError`] naming the first row that is longer than the language model's context."""
+def context_length(language_config: PreTrainedConfig) -> int | None:
+    """The most tokens that a language model reads; `None` where its positions have no end, as BLOOM's."""
+    longest: int | None = getattr(language_config, "max_position_embeddings", None)
+    return longest
+
+
+def check_lengths(rows: list[dict[str, Any]], dataset: datasets.Dataset, longest: int | None, option: str) -> None:
+    """Raise a [`UserError`] naming the first row that is longer than the language model's context, if that ends."""
     for row, question in zip(rows, dataset["question"], strict=True):
         length = len(row["prompt_ids"]) + len(row["answer_ids"])
-        if length > longest:
+        if longest is not None and length > longest:
             raise UserError(
                 f"{option}: the question {question[:60]!r} and its answer have {length} tokens, the language model "
                 f"reads at most {longest}. Shorten or remove the row."
@@ -255,9 +268,11 @@ def main(argv: list[str] | None = None) -> None:
     processor = build_processor(model_arguments)
     rows = tokenized_rows(processor, everything, positions)
     option = f"--input-csv {data_arguments.input_csv}"
-    check_lengths(rows, everything, language_config.get_text_config().max_position_embeddings, option)
+    check_lengths(rows, everything, context_length(language_config), option)
     tokens_per_row = row_length(model_arguments, arguments, language_config, rows, option)
-    attention = choose_attn_implementation(model_arguments.attn_implementation, packs=tokens_per_row is not None)
+    attention = choose_attn_implementation(
+        model_arguments.attn_implementation, language_config, tokens_per_row is not None, arguments.fp16
+    )
     model = build_model(model_arguments, arguments, processor, attention)
     # The other processes wait, and then read the file that the first one has written.
     with arguments.main_process_first(desc="features of the images"):
