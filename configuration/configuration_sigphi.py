@@ -25,6 +25,9 @@ class SigPhiConfig(HubCodeMixin, PreTrainedConfig):
         pad_token_id (`int`, *optional*, defaults to `50296`): the padding token, never the end-of-text token.
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`): activation between the projector's two layers.
         lm_head_bias (`bool`, *optional*, defaults to `True`): whether the language model's head has a bias, as Phi's.
+        logit_scale (`float`, *optional*, defaults to `1.0`): what the head's logits are multiplied by, as in Cohere's
+            and IBM Granite's language models.
+        logit_softcapping (`float`, *optional*): what the logits are kept below, by tanh, as in Gemma 2.
         base_language_model (`str`, *optional*): set in the adapter form only: the repository or folder of the
             language model that the folder does not hold.
         base_language_model_revision (`str`, *optional*): its revision.
@@ -51,6 +54,8 @@ class SigPhiConfig(HubCodeMixin, PreTrainedConfig):
     pad_token_id: int | None = 50296
     projector_hidden_act: str = "gelu"
     lm_head_bias: bool = True
+    logit_scale: float = 1.0
+    logit_softcapping: float | None = None
     tie_word_embeddings: bool = False
     base_language_model: str | None = None
     base_language_model_revision: str | None = None

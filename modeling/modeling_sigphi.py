@@ -108,7 +108,7 @@ class SigPhiPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["PhiDecoderLayer", "SiglipResNetVisionModel"]
+    _no_split_modules = ["SiglipResNetVisionModel"]  # and the layers that the language model names
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -588,7 +588,7 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
             loss = self._supervised_loss(hidden_states, labels, kwargs.get("num_items_in_batch"))
         if labels is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, keep, :])  # (batch, kept, vocab_size)
+            logits = self.head(hidden_states[:, keep, :])  # (batch, kept, vocab_size)
         return SigPhiCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -597,6 +597,15 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
             **{CACHE: outputs.get(CACHE)},
         )
+
+    def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits `(..., vocab_size)` of hidden states `(..., hidden_size)`, as the language model makes them."""
+        logits = self.lm_head(hidden_states)
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
+        if self.config.logit_softcapping is not None:
+            logits = torch.tanh(logits / self.config.logit_softcapping) * self.config.logit_softcapping
+        return logits
 
     def _supervised_loss(
         self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
@@ -624,7 +633,7 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
         self, hidden_states: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int
     ) -> torch.Tensor:
         """The summed cross-entropy of some positions, divided by the number of all."""
-        logits = self.lm_head(hidden_states)  # (positions, vocab_size)
+        logits = self.head(hidden_states)  # (positions, vocab_size)
         return self.loss_function(
             logits=logits,
             labels=None,

@@ -12,6 +12,7 @@ from sigphi.configuration.configuration_sigphi import SigPhiConfig
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetVisionModel
 from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration, base_quantization
 from sigphi.train.arguments import VlmModelArguments
+from sigphi.train.errors import UserError
 from sigphi.train.records import durable_name
 
 logger = logging.getLogger(__name__)
@@ -55,14 +56,20 @@ def keep_4bit_weights_trainable_on_cpu(model: nn.Module) -> None:
 
 
 def linear_names(language_model: nn.Module) -> list[str]:
-    """The last names of all linear layers of a language model, sorted: for Phi dense, fc1, fc2 and q, k, v_proj."""
-    return sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in language_model.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D))
-        }
-    )
+    """
+    The last names of all linear layers of a language model, sorted: for Phi dense, fc1, fc2 and q, k, v_proj.
+
+    They are found by their kind: `nn.Linear`, those of bitsandbytes in its place, and the `Conv1D` of GPT-2. Experts
+    that are one tensor for all are no layers, and routers of a class of their own none of these.
+
+    Args:
+        language_model (`nn.Module`): without its head.
+    """
+    return sorted({name.rpartition(".")[2] for name, module in language_model.named_modules() if _is_linear(module)})
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ in ("Linear4bit", "Linear8bitLt")
 
 
 def build_vlm(
@@ -81,6 +88,9 @@ def build_vlm(
         tokenizer (`PreTrainedTokenizerBase`): with `image_token` and a padding token.
         arguments (`VlmModelArguments`): the tuning, the LoRA numbers and what the saved config has to name.
         image_token (`str`, *optional*, defaults to `"<image>"`): the placeholder.
+
+    Raises:
+        UserError: if the language model is no sum of its parts, see [`check_parts`].
     """
     text_config = language_model.config.get_text_config().to_dict()
     text_config.pop("quantization_config", None)  # recorded as `base_bits`; the parts outside the base have none
@@ -92,8 +102,12 @@ def build_vlm(
         pad_token_id=tokenizer.pad_token_id,
         lm_head_bias=language_model.get_output_embeddings().bias is not None,
         tie_word_embeddings=bool(text_config.get("tie_word_embeddings", False)),
+        # Cohere multiplies, IBM Granite divides.
+        logit_scale=(text_config.get("logit_scale") or 1.0) / (text_config.get("logits_scaling") or 1.0),
+        logit_softcapping=text_config.get("final_logit_softcapping"),
     )
     model = SigPhiForConditionalGeneration.from_parts(config, vision_tower, language_model)
+    check_parts(model, language_model, arguments.language_model)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     train_language_model(model, arguments)
     return model
@@ -121,6 +135,37 @@ def only_trains(model: SigPhiForConditionalGeneration, tuning: str) -> None:
             parameter.data = parameter.data.to(torch.float32)
 
 
+@torch.no_grad()
+def check_parts(model: SigPhiForConditionalGeneration, language_model: PreTrainedModel, name: str) -> None:
+    """
+    Check, on a few tokens, that embedding, layers and head make the same logits in the VLM as in the language model.
+
+    Some language models do more than that: they scale their logits, or look at the token ids in every layer. A model
+    without weights, on the meta device, is not checked.
+
+    Args:
+        model (`SigPhiForConditionalGeneration`): without LoRA.
+        language_model (`PreTrainedModel`): whose parts it has.
+        name (`str`): the language model's, for the message.
+
+    Raises:
+        UserError: if they differ.
+    """
+    embedding: Any = model.get_input_embeddings().weight  # (vocab_size, hidden_size)
+    if embedding.is_meta:
+        return
+    special = (model.config.image_token_id, model.config.pad_token_id)
+    tokens = [token for token in range(min(32, len(embedding))) if token not in special]
+    input_ids = torch.tensor([tokens], device=embedding.device)
+    expected = language_model(input_ids=input_ids).logits.float()
+    found = model(input_ids=input_ids).logits.float()
+    if not (found - expected).norm() <= 0.01 * expected.norm():
+        raise UserError(
+            f"--language-model {name}: a model of the kind {language_model.config.model_type!r} does more than its "
+            f"embedding, layers and head, which are what a VLM is made of. Choose one of another kind."
+        )
+
+
 def _add_lora(model: SigPhiForConditionalGeneration, arguments: VlmModelArguments) -> None:
     model.config.base_language_model = durable_name(arguments.language_model)
     model.config.base_language_model_revision = arguments.language_model_revision
@@ -133,6 +178,8 @@ def _add_lora(model: SigPhiForConditionalGeneration, arguments: VlmModelArgument
             "lora_dropout": arguments.lora_dropout,
             "use_rslora": arguments.use_rslora,
             "use_dora": arguments.use_dora,
+            # The weights of GPT-2's layers lie the other way round.
+            "fan_in_fan_out": any(type(module) is Conv1D for module in model.model.language_model.modules()),
             "target_modules": targets,
         }
     )
@@ -143,6 +190,7 @@ def _add_lora(model: SigPhiForConditionalGeneration, arguments: VlmModelArgument
 
 __all__ = [
     "build_vlm",
+    "check_parts",
     "keep_4bit_weights_trainable_on_cpu",
     "linear_names",
     "load_language_model",
