@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -45,7 +45,7 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_file
 # Those that take a mask of which token sees which; FlashAttention-2 knows only whole sequences one after the other.
 SEGMENT_ATTENTION = ("eager", "sdpa", "flex_attention")
 # Logits of the loss that are in memory at a time: in float32 with their gradients a few hundred MB.
-LOGITS_AT_ONCE = 2**25
+LOGITS_AT_ONCE = 2**23
 # What stays unquantised when the whole model is: as regular expressions, since full names begin otherwise with a head.
 NOT_QUANTIZED = (r"(?:.*\.)?vision_tower", r"(?:.*\.)?multi_modal_projector", "lm_head")
 # What transformers calls keys and values, in calls and in outputs: another name from 5.24 on.
@@ -458,6 +458,50 @@ def _check_placeholders(placeholders: torch.Tensor, soft_tokens: torch.Tensor | 
         )
 
 
+class _LossInParts(torch.autograd.Function):
+    """
+    A loss that is a sum over positions, made of some of them at a time, each with its gradients at once.
+
+    What one part needs in memory is then free for the next, and nothing is made again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        at_once: int,
+        targets: torch.Tensor,
+        hidden_states: torch.Tensor,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Args:
+            loss_of (`Callable`): the summed loss of hidden states and targets.
+            at_once (`int`): positions of a part.
+            targets (`torch.LongTensor` of shape `(positions,)`): token ids.
+            hidden_states (`torch.Tensor` of shape `(positions, hidden_size)`): what the loss is of.
+            weights (`torch.Tensor`): the parameters of `loss_of` that are trained.
+        """
+        total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        of_states = torch.empty_like(hidden_states)
+        of_weights = [torch.zeros_like(weight) for weight in weights]
+        parts = zip(*(one.detach().split(at_once) for one in (hidden_states, targets, of_states)), strict=True)
+        for states, ids, gradient in parts:
+            with torch.enable_grad():
+                loss = loss_of(states.requires_grad_(), ids)
+                found = torch.autograd.grad(loss, (states, *weights))
+            total += loss.detach()
+            gradient.copy_(found[0])
+            for whole, part in zip(of_weights, found[1:], strict=True):
+                whole += part
+        ctx.save_for_backward(of_states, *of_weights)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return None, None, None, *(one * gradient.to(one.dtype) for one in ctx.saved_tensors)
+
+
 class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
     """
     The vision-language model with its head: answers questions about images.
@@ -620,26 +664,18 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
             )
         states = hidden_states[:, :-1][supervised]  # (supervised, hidden_size)
         num_items = targets.numel() if num_items_in_batch is None else num_items_in_batch
-        at_once = max(LOGITS_AT_ONCE // self.lm_head.out_features, 1)
-        if len(states) <= at_once:
-            return self._summed_loss(states, targets, num_items)
-        # Made again for the backward pass, the logits of one part are all that is in memory.
-        parts = zip(states.split(at_once), targets.split(at_once), strict=True)
-        return torch.stack(
-            [checkpoint(self._summed_loss, *part, num_items, use_reentrant=False) for part in parts]
-        ).sum()
+        parts = states.split(max(LOGITS_AT_ONCE // self.lm_head.out_features, 1))
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            losses = map(self._summed_loss, parts, targets.split(len(parts[0])))
+            return torch.stack(list(losses)).sum() / num_items
+        weights = [parameter for parameter in self.lm_head.parameters() if parameter.requires_grad]
+        return _LossInParts.apply(self._summed_loss, len(parts[0]), targets, states, *weights) / num_items
 
-    def _summed_loss(
-        self, hidden_states: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int
-    ) -> torch.Tensor:
-        """The summed cross-entropy of some positions, divided by the number of all."""
+    def _summed_loss(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The summed cross-entropy of some positions."""
         logits = self.head(hidden_states)  # (positions, vocab_size)
         return self.loss_function(
-            logits=logits,
-            labels=None,
-            shift_labels=targets,
-            vocab_size=logits.shape[-1],
-            num_items_in_batch=num_items,
+            logits=logits, labels=None, shift_labels=targets, vocab_size=logits.shape[-1], num_items_in_batch=1
         )
 
     # Adapter form ------------------------------------------------------------------------------------------------

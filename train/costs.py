@@ -499,8 +499,7 @@ def _run_vlm(model: Any, setup: VlmSetup, batch: VlmBatch, speed: Speed | None) 
         return {"pixel_values": run.fake(rows, *pixels)}
 
     def begin_loss(*_: Any) -> None:
-        if run.meter.kind == "activations":  # in the backward pass the head may run again
-            run.meter.kind = "logits and loss"
+        run.meter.kind = "logits and loss"
 
     model.lm_head.register_forward_pre_hook(begin_loss)
     inputs = ids.packed if setup.packs else ids.supervised
