@@ -13,14 +13,10 @@ import argparse
 import csv
 import json
 import logging
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +25,12 @@ import torch
 from encoder_contestants import HELD_OUT, MAX_TEXT_LENGTH, MEAN, PAIRS, STD, TOWER, class_features
 from open_clip.loss import SigLipLoss
 from PIL import Image
-from provenance import commit
+from provenance import commit, machine
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
+from turns import ratios, run_contestant
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetVisionConfig
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetVisionModel
@@ -41,7 +38,7 @@ from sigphi.train.base_lm import train_tokenizer
 from sigphi.train.data_build import build_csv
 from sigphi.train.images import decode_images, load_images
 from sigphi.train.losses import global_sigmoid_loss
-from sigphi.train.records import environment, write_json
+from sigphi.train.records import write_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "encoder.json"
@@ -148,13 +145,10 @@ def words_of(name: str, folder: Path, images: str, workers: int) -> list[str]:
 
 def train(name: str, folder: Path, images: str, workers: int, request: dict[str, float]) -> dict[str, Any]:
     """Train a contestant in a process of its own; what it measured."""
-    script = str(Path(__file__).with_name("encoder_contestants.py"))
     words = words_of(name, folder, images, workers)
-    command = [sys.executable, script, CONTESTANTS[name][0], str(folder), json.dumps(request), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    if done.returncode:
-        raise RuntimeError(f"{name} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_contestant(
+        name, "encoder_contestants.py", CONTESTANTS[name][0], str(folder), json.dumps(request), *words
+    )
 
 
 def throughput(turns: int, folder: Path, images: str, workers: int) -> dict[str, Any]:
@@ -180,17 +174,7 @@ def throughput(turns: int, folder: Path, images: str, workers: int) -> dict[str,
             "peak_bytes": round(statistics.median(peaks[name])),
             "pairs_per_second_by_turn": [round(rate, 1) for rate in rates[name]],
         }
-    return {"turns": turns, "contestants": contestants, "ratios": ratios(rates)}
-
-
-def ratios(rates: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Pairs a second of one over those of another: the median over turns, the least and the most."""
-    rows = []
-    for ours, theirs in RATIOS:
-        found = sorted(a / b for a, b in zip(rates[ours], rates[theirs], strict=True))
-        row = {"of": ours, "to": theirs, "median": statistics.median(found), "least": found[0], "most": found[-1]}
-        rows.append({name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()})
-    return rows
+    return {"turns": turns, "contestants": contestants, "ratios": ratios(rates, RATIOS)}
 
 
 def towers(rounds: int) -> dict[str, Any]:
@@ -267,14 +251,6 @@ def to_accuracy(seconds: float, folder: Path, images: str, workers: int) -> dict
     return {"accuracy": accuracy, "held_out_images": HELD_OUT_IMAGES, "seconds": reached, "scores": scores}
 
 
-def machine() -> dict[str, Any]:
-    """Versions and processor."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    packages = {name: version(name) for name in ("open_clip_torch", "timm")}
-    return environment() | packages | {"cores": os.cpu_count(), "processor": processor}
-
-
 def main() -> None:
     """Prepare the data, run what is wanted, and write the result file; parts that do not run keep their results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -290,7 +266,7 @@ def main() -> None:
     folder = options.output_dir.absolute()
     prepare(folder, options.images)
     facts = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    where = {"commit": commit(), "machine": machine()}
+    where = {"commit": commit(), "machine": machine("open_clip_torch", "timm")}
     common = (folder, options.images, options.workers)
     for part in options.parts:
         if part == "throughput":

@@ -34,6 +34,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from turns import EnoughError, resident_bytes, say
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel, pooled_states
@@ -44,10 +45,6 @@ from sigphi.train.metrics import top1_accuracy
 MAX_TEXT_LENGTH = 64
 TOWER, PAIRS, HELD_OUT = "tower", "pairs.tsv", "held_out.pt"
 MEAN = STD = [0.5] * 3
-
-
-class EnoughError(Exception):
-    """Raised in the trainer's loop when everything is measured."""
 
 
 @dataclass
@@ -195,12 +192,6 @@ def train_transformers(clock: Clock, words: list[str]) -> None:
     Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate).train()
 
 
-def resident_bytes() -> int:
-    """The highest resident memory of this process; `getrusage` would count the process that started it too."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
 TRAININGS = {"sigphi": train_sigphi, "open_clip": train_open_clip, "transformers": train_transformers}
 
 
@@ -214,8 +205,7 @@ def main() -> None:
         TRAININGS[name](clock, words)
     except EnoughError:
         pass
-    found = {"steps": clock.steps, "scores": clock.scores, "peak_bytes": resident_bytes() - before}
-    sys.stdout.write("\n" + json.dumps(found) + "\n")
+    say({"steps": clock.steps, "scores": clock.scores, "peak_bytes": resident_bytes() - before})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,3 +20,11 @@ def commit() -> str:
 def provenance() -> dict[str, Any]:
     """What each file of results begins with: `commit`, `cores` and `environment`."""
     return {"commit": commit(), "cores": os.cpu_count(), "environment": environment()}
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """Versions, those of `packages` too, and the processor."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    versions = {name: version(name) for name in packages}
+    return environment() | versions | {"cores": os.cpu_count(), "processor": processor}
