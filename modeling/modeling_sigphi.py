@@ -343,6 +343,7 @@ class SigPhiModel(SigPhiPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         segment_ids: torch.LongTensor | None = None,
         prefix_ids: torch.LongTensor | None = None,
+        image_rows: torch.LongTensor | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> SigPhiModelOutputWithPast:
@@ -370,6 +371,8 @@ class SigPhiModel(SigPhiPreTrainedModel):
                 come with `prefix_ids` and `position_ids`, and without `attention_mask` and `past_key_values`.
             prefix_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): the segment that each token sees
                 beside its own.
+            image_rows (`torch.LongTensor` of shape `(images in the texts,)`, *optional*): where texts share images,
+                the row of `pixel_values` or `image_features` for each place of an image, in order.
             cache (`Cache`, *optional*): what transformers calls `past_key_values` before 5.24; either name will do.
 
         Raises:
@@ -391,6 +394,8 @@ class SigPhiModel(SigPhiPreTrainedModel):
         if image_features is not None:
             soft_tokens = self.multi_modal_projector(image_features)  # (images, num_image_tokens, hidden_size)
             soft_tokens = soft_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+            if image_rows is not None:
+                soft_tokens = soft_tokens[image_rows]  # (images in the texts, num_image_tokens, hidden_size)
         # In compiled code the length of a cache is a tensor, and nothing is checked.
         is_compiling = torch.compiler.is_compiling()
         if soft_tokens is not None or is_compiling or cache is None or cache.get_seq_length() == 0:

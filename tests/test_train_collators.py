@@ -12,6 +12,7 @@ from sigphi.train.collators import (
     preprocess,
     resize,
 )
+from sigphi.train.packing import PackingCollator
 from sigphi.train.pairs import pair_masks
 
 # Encoder -------------------------------------------------------------------------------------------------------------
@@ -117,3 +118,30 @@ def test_an_empty_answer_is_an_error_that_names_the_row():
     rows = vlm_rows() + [{"image_index": 0, "prompt_ids": [1], "answer_ids": []}]
     with pytest.raises(ValueError, match="Row 2 of the batch has no answer tokens"):
         VlmCollator(PAD, image_features=torch.zeros(2, 1, 1))(rows)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_an_image_of_several_questions_goes_through_the_tower_once(make_lora_vlm, tiny_vlm_processor, packs):
+    model = make_lora_vlm(num_image_tokens=4)
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    image_id = tiny_vlm_processor.image_token_id
+    # With rows of 8 tokens the packed questions of an image lie in two rows.
+    rows = [
+        {"image_index": image, "prompt_ids": [image_id] * 4 + [5 + k], "answer_ids": [9 + k, 7]}
+        for k, image in enumerate([2, 2, 0, 2, 0])
+    ]
+    pad_token_id = tiny_vlm_processor.tokenizer.pad_token_id
+    given = {"images": images, "processor": tiny_vlm_processor}
+    collator = VlmCollator(pad_token_id, **given)
+    if packs:
+        collator = PackingCollator(pad_token_id, image_token_id=image_id, tokens_per_row=8, **given)
+    batch = collator(rows)
+    assert torch.equal(batch["pixel_values"], preprocess(tiny_vlm_processor, images[[2, 0]]))
+    assert batch["image_rows"].tolist() == [0, 0, 1, 0, 1]
+    seen: list[int] = []
+    model.model.vision_tower.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    repeated = {name: tensor for name, tensor in batch.items() if name != "image_rows"}
+    repeated["pixel_values"] = batch["pixel_values"][batch["image_rows"]]
+    losses = [model(**one).loss for one in (batch, repeated)]
+    assert seen == [2, 5]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0.0)

@@ -118,7 +118,7 @@ class VlmCollator:
 
         Returns:
             `dict`: `input_ids`, `attention_mask` and `labels` of shape `(rows, length)`, labels being -100 outside the
-            answers, and `pixel_values` or `image_features`, an image a row.
+            answers, and what [`~VlmCollator.image_inputs`] gives for the images of the rows.
 
         Raises:
             ValueError: if a row has no answer tokens; it names the row's position.
@@ -140,11 +140,19 @@ class VlmCollator:
                 raise ValueError(f"Row {position} of the batch has no answer tokens, so nothing in it is supervised.")
 
     def image_inputs(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """`pixel_values` or `image_features` of the images at `indices`."""
+        """
+        `pixel_values` or `image_features` of the images at `indices`, each once; where one comes again, `image_rows`
+        of shape `(len(indices),)` tells which of them each is.
+        """
+        distinct = list(dict.fromkeys(indices))
+        rows = {}
+        if len(distinct) < len(indices):
+            place = {image: row for row, image in enumerate(distinct)}
+            rows["image_rows"] = torch.tensor([place[image] for image in indices])
         if self.image_features is not None:
-            return {"image_features": self.image_features[list(indices)]}
+            return {"image_features": self.image_features[distinct]} | rows
         assert self.images is not None, "a collator has `images` or `image_features`"
-        return {"pixel_values": preprocess(self.processor, self.images[list(indices)])}
+        return {"pixel_values": preprocess(self.processor, self.images[distinct])} | rows
 
 
 def preprocess(processor: Any, images: torch.Tensor) -> torch.Tensor:

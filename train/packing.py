@@ -245,8 +245,8 @@ class PackingCollator(VlmCollator):
 
         Returns:
             `dict`: `input_ids`, `labels` (-100 outside the answers), `position_ids`, `segment_ids` and `prefix_ids`
-            (see [`SigPhiModel.forward`]) of shape `(packed rows, length)`, and `pixel_values` or `image_features`, one
-            for each time that an image is in a row.
+            (see [`SigPhiModel.forward`]) of shape `(packed rows, length)`, and what [`~VlmCollator.image_inputs`]
+            gives for the images in the order in which they are in the rows, one that goes on in the next row again.
 
         Raises:
             ValueError: if a row has no answer tokens; it names the row's position.
