@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/loss_memory.py
 
-A row that the file has is not measured again. Each row is a process of its own. Memory is the peak of resident memory
+A row that the file has is measured again only with `--again`. Each row is a process of its own. Memory is the peak of resident memory
 above what the process had with its embeddings made. Three ways are compared: ours (gradients made chunk by chunk in
 the forward pass), the same chunks through `torch.utils.checkpoint` (logits made again in the backward pass), and all
 logits at once.
@@ -81,11 +81,14 @@ def main() -> None:
     """Measure one case where it is given, else every case in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", nargs=3, metavar=("WAY", "BATCH", "CHUNK_SIZE"))
-    case = parser.parse_args().case
-    if case is not None:
-        sys.stdout.write(json.dumps(measure(case[0], int(case[1]), int(case[2]))))
+    parser.add_argument("--again", action="store_true", help="measure every row anew")
+    options = parser.parse_args()
+    if options.case is not None:
+        way, batch, chunk_size = options.case
+        sys.stdout.write(json.dumps(measure(way, int(batch), int(chunk_size))))
         return
-    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
+    has_rows = RESULTS.exists() and not options.again
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if has_rows else []
     measured = {(row["way"], row["batch"], row["chunk_size"]) for row in rows}
     for one in CASES:
         if one not in measured:

@@ -117,6 +117,19 @@ def test_loss_and_gradients_equal_those_of_every_pair_in_float64(world_size: int
                 assert error <= TOLERANCES[dtype] * right.norm(), (one, dtype, variant, chunk, rank, name, error)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_loss_and_gradients_on_a_gpu_equal_those_of_every_pair_in_float64(dtype: torch.dtype, tolerance: float):
+    sizes = SIZES[1][0]
+    (right,) = naive_loss_and_gradients(sizes, dtype, "positive")
+    part = {name: value.cuda() for name, value in make_part(0, *sizes[0], dtype).items()}
+    logit = [value.detach().cuda().requires_grad_() for value in logit_parameters(dtype)]
+    leaves = [part["images"].requires_grad_(), part["texts"].requires_grad_(), *logit]
+    loss = global_sigmoid_loss(*leaves, part["image_ids"], part["text_ids"], chunk_size=3)
+    for name, value, expected in zip(NAMES, [loss, *torch.autograd.grad(loss, leaves)], right, strict=True):
+        assert (value.cpu().double() - expected).norm() <= tolerance * expected.norm(), name
+
+
 def couples(sizes: list[int]) -> list[torch.Tensor]:
     """The loss of image i with text i, without ids, and the gradient of t'."""
     dist.init_process_group("gloo")

@@ -309,3 +309,13 @@ def test_an_image_is_encoded_once_with_all_its_texts(tiny_encoder, processor, tm
 def test_synchronised_batch_norm_is_refused_on_cpu(tmp_path):
     with pytest.raises(UserError, match="--sync-batch-norm needs GPUs"):
         SiglipTrainingArguments(output_dir=str(tmp_path), report_to="none", sync_batch_norm=True)
+
+
+@pytest.mark.gpu
+def test_synchronised_batch_norm_of_one_process_is_batch_norm(shared, processor, tmp_path):
+    runs = []
+    for sync_batch_norm in (False, True):
+        encoder = copy.deepcopy(shared["encoder"])
+        options = {"max_steps": 3, "use_cpu": False, "sync_batch_norm": sync_batch_norm}
+        runs.append(train_encoder(tmp_path, encoder, processor, **options))
+    close(runs[1], runs[0])
