@@ -11,7 +11,7 @@ import importlib
 import sys
 
 from sigphi import __version__
-from sigphi.train.errors import UserError, run_command
+from sigphi.train.errors import INTERRUPTED, UserError, run_command
 
 # Command -> its module and one line of help. Resolved on use, so that `sigphi --help` does not import torch.
 COMMANDS = {
@@ -25,11 +25,9 @@ COMMANDS = {
     "describe": ("sigphi.train.describe", "write a detailed description of each image"),
     "merge": ("sigphi.train.merge", "merge LoRA into the language model, and measure what that changes"),
     "export": ("sigphi.train.export", "write a VLM as adapter, merged or 4-bit model, and measure what that changes"),
+    "replay": ("sigphi.train.replay", "run the training step again that a NaN has stopped"),
     "search": ("sigphi.train.search", "find pictures by a text or another picture, in an index that it builds"),
 }
-
-# What a shell reports for a process that Ctrl-C ended: 128 + SIGINT.
-INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,6 +18,8 @@ from sigphi.train.precision import cpu_has_bfloat16, gpu_has_bfloat16
 
 logger = logging.getLogger(__name__)
 
+# What `--resume` means without a value.
+NEWEST = "newest"
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flex_attention")
 # Of `--optim`. The paged ones move their states to the machine's own memory when the GPU's runs short.
 BITSANDBYTES_OPTIMIZERS = (
@@ -361,14 +363,41 @@ class SigphiTrainingArguments(TrainingArguments):
 
 
 @dataclass
-class SiglipTrainingArguments(SigphiTrainingArguments):
+class StageArguments(SigphiTrainingArguments):
+    """
+    What both stages set beyond [`SigphiTrainingArguments`]: `logging_nan_inf_filter` is off, since a loss that is no
+    number ends the run, and `data_seed` is `seed` where it is not given.
+    """
+
+    _argument_group_name = "training"
+
+    resume_from_checkpoint: str | None = HfArg(
+        aliases=["--resume"],
+        help="Go on from this checkpoint; without a value, from the newest one in --output-dir that is whole, or from "
+        "the beginning where there is none yet.",
+        default=None,
+        metadata={"nargs": "?", "const": NEWEST, "metavar": "CHECKPOINT"},
+    )
+    data_seed: int | None = HfArg(help="Seed of the order of the rows; without it that of --seed.", default=None)
+    logging_nan_inf_filter: bool = HfArg(help="Has no use: such a loss ends the run.", default=False)
+
+    def __post_init__(self) -> None:
+        if self.enable_jit_checkpoint:
+            raise UserError("--enable-jit-checkpoint has no use: SIGTERM saves a checkpoint always. Leave it out.")
+        if self.data_seed is None:
+            self.data_seed = self.seed
+        super().__post_init__()
+
+
+@dataclass
+class SiglipTrainingArguments(StageArguments):
     r"""
     Options of [`SiglipTrainer`].
 
     Defaults that differ from [`~transformers.TrainingArguments`]: `per_device_train_batch_size` and
     `per_device_eval_batch_size` 256, `num_train_epochs` 10, `learning_rate` 1e-3, `weight_decay` 0.05, `warmup_steps`
     0.1 (a ratio), `lr_scheduler_type` `"cosine"`, `eval_strategy` and `save_strategy` `"epoch"`, `save_total_limit` 2,
-    `logging_steps` 20, `ddp_find_unused_parameters` off, and those of [`SigphiTrainingArguments`].
+    `logging_steps` 20, `ddp_find_unused_parameters` off, and those of [`StageArguments`].
     """
 
     _argument_group_name = "training"
@@ -460,14 +489,14 @@ class SiglipTrainingArguments(SigphiTrainingArguments):
 
 
 @dataclass
-class VlmTrainingArguments(SigphiTrainingArguments):
+class VlmTrainingArguments(StageArguments):
     r"""
     Options of [`VlmTrainer`].
 
     Defaults that differ from [`~transformers.TrainingArguments`]: `per_device_train_batch_size` 32,
     `per_device_eval_batch_size` 64, `num_train_epochs` 1, `learning_rate` 2e-4 (LoRA), `warmup_steps` 0.03 (a ratio),
     `lr_scheduler_type` `"cosine"`, `bf16` and `gradient_checkpointing` on, `eval_strategy` and `save_strategy`
-    `"epoch"`, `save_total_limit` 2, `logging_steps` 20, and those of [`SigphiTrainingArguments`].
+    `"epoch"`, `save_total_limit` 2, `logging_steps` 20, and those of [`StageArguments`].
     """
 
     _argument_group_name = "training"
@@ -568,11 +597,13 @@ def check_launch(arguments: TrainingArguments) -> None:
 __all__ = [
     "ATTENTION",
     "BITSANDBYTES_OPTIMIZERS",
+    "NEWEST",
     "DataArguments",
     "QaArguments",
     "SigphiTrainingArguments",
     "SiglipModelArguments",
     "SiglipTrainingArguments",
+    "StageArguments",
     "VlmModelArguments",
     "VlmTrainingArguments",
     "check_evaluation",

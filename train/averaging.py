@@ -12,8 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sigphi.train.errors import UserError
-
 # Beside the averaged weights of a checkpoint, which are its model: those that training goes on with.
 LIVE_WEIGHTS = "live_weights.safetensors"
 
@@ -129,19 +127,4 @@ class WeightAverage(TrainerCallback):
         self._resumed = load_file(folder / LIVE_WEIGHTS)
 
 
-def check_averaged(folder: Path, decay: float) -> None:
-    """Raise a [`UserError`] unless the checkpoint in `folder` is of a run with an average where this one has one."""
-    is_averaged = (folder / LIVE_WEIGHTS).is_file()
-    if is_averaged and decay == 0:
-        raise UserError(
-            f"--resume-from-checkpoint {folder} holds averaged weights: give the --ema-decay of its run, or start "
-            f"a new run from its model with --siglip-checkpoint."
-        )
-    if decay > 0 and not is_averaged:
-        raise UserError(
-            f"--resume-from-checkpoint {folder} comes from a run without an average of its weights: leave --ema-decay "
-            f"out."
-        )
-
-
-__all__ = ["LIVE_WEIGHTS", "WeightAverage", "averaged_tensors", "check_averaged"]
+__all__ = ["LIVE_WEIGHTS", "WeightAverage", "averaged_tensors"]

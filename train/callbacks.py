@@ -51,6 +51,13 @@ class LooksAtImageCallback(TrainerCallback):
         self.gains: list[tuple[int, float]] = []  # step, gain
         self.is_blind = False
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where training is resumed, go on from what was measured before."""
+        logged = [entry for entry in state.log_history if "eval_image_gain" in entry]
+        self.gains = [(entry["step"], entry["eval_image_gain"]) for entry in logged]
+
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

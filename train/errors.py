@@ -5,6 +5,9 @@ import os
 import sys
 from collections.abc import Callable
 
+# What a shell reports for a process that Ctrl-C ended: 128 + SIGINT.
+INTERRUPTED = 130
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: a flag, a file, a row, a checkpoint of the wrong kind.
@@ -22,8 +25,8 @@ def printable(text: str) -> str:
 def run_command(main: Callable[[], None], program: str) -> None:
     """Run `main` and end the process with code 2 and the message's lines, without a traceback, on a [`UserError`].
 
-    Under a launcher only rank 0 prints, so that the lines appear once. Every other exception passes through: a
-    failure that is not the user's keeps its traceback.
+    Ctrl-C ends it with code 130. Under a launcher only rank 0 prints, so that the lines appear once. Every other
+    exception passes through: a failure that is not the user's keeps its traceback.
 
     Args:
         main (`Callable`): the command's body.
@@ -37,6 +40,8 @@ def run_command(main: Callable[[], None], program: str) -> None:
         if is_first:
             sys.stderr.write(f"{program}: error: {error}\n")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
 def _show_log(level: int) -> None:
@@ -50,4 +55,4 @@ def _show_log(level: int) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-__all__ = ["UserError", "printable", "run_command"]
+__all__ = ["INTERRUPTED", "UserError", "printable", "run_command"]

@@ -19,10 +19,11 @@ def digest(parts: Iterable[Any]) -> str:
 def folder_digest(folder: Path, patterns: Sequence[str]) -> str:
     """A hash over the names and contents of a folder's files that one of the glob patterns finds."""
     paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    return digest(f"{path.relative_to(folder)} {_file_digest(path)}\n".encode() for path in paths)
+    return digest(f"{path.relative_to(folder)} {file_digest(path)}\n".encode() for path in paths)
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """A SHA-256 over the content of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -39,4 +40,4 @@ def tensor_bytes(tensor: torch.Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-__all__ = ["digest", "folder_digest", "tensor_bytes", "tensor_parts"]
+__all__ = ["digest", "file_digest", "folder_digest", "tensor_bytes", "tensor_parts"]

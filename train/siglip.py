@@ -39,7 +39,9 @@ from sigphi.train.metrics import top1_accuracy
 from sigphi.train.pairs import text_key
 from sigphi.train.parser import parse_arguments
 from sigphi.train.records import durable_name, write_training_data
+from sigphi.train.replay_file import recorded_options
 from sigphi.train.report import write_loss_curve
+from sigphi.train.resumable import check_output_dir
 from sigphi.train.text_tower import cached_text_features, text_tower_of, token_ids
 from sigphi.train.trainers import SiglipTrainer
 
@@ -281,6 +283,30 @@ def zero_shot_metric(
     return metric
 
 
+def encoder_to_train(
+    model_arguments: SiglipModelArguments, arguments: SiglipTrainingArguments, config: SiglipResNetConfig
+) -> SiglipResNetModel:
+    """[`build_encoder`], laid out in memory as training wants it."""
+    model = build_encoder(model_arguments, config, arguments.device)
+    if arguments.channels_last:
+        model.vision_model.to(memory_format=torch.channels_last)
+    return model
+
+
+def rebuild_trainer(options: dict[str, Any], **changes: Any) -> SiglipTrainer:
+    """
+    The trainer of `main` without its data, for a step that is replayed.
+
+    Args:
+        options (`dict`): those of the trainer in `main`.
+        changes: options of the training that are to be others.
+    """
+    model_arguments = SiglipModelArguments(**options["model"])
+    arguments = SiglipTrainingArguments(**options["training"] | changes)
+    model = encoder_to_train(model_arguments, arguments, encoder_config(model_arguments))
+    return SiglipTrainer(model=model, args=arguments, processing_class=encoder_processor(model_arguments))
+
+
 def main(argv: list[str] | None = None) -> None:
     """`sigphi train-siglip`: options, data, model, training, artifact, evaluation."""
     model_arguments, data_arguments, arguments = parse_arguments(
@@ -290,17 +316,16 @@ def main(argv: list[str] | None = None) -> None:
         recipes=RECIPES,
     )
     check_evaluation(data_arguments, arguments)
+    check_output_dir(arguments)
     config, processor = encoder_config(model_arguments), encoder_processor(model_arguments)
     data = load_encoder_data(data_arguments, processor.image_processor)
     # The other processes wait, and then read the file that the first one has written.
     with arguments.main_process_first(desc="features of the texts"):
         collator = encoder_collator(data, config, processor, model_arguments, arguments.device)
     set_seed(arguments.seed)  # here, so that a run that has to embed the texts starts from the same weights
-    model = build_encoder(model_arguments, config, arguments.device)
+    model = encoder_to_train(model_arguments, arguments, config)
     if model_arguments.siglip_checkpoint is None:  # a checkpoint's projection is trained already
         start_text_projection(model, collator, data.texts())
-    if arguments.channels_last:
-        model.vision_model.to(memory_format=torch.channels_last)
     eval_rows, batch_size = data.rows.get("eval"), arguments.per_device_eval_batch_size
     has_labels = eval_rows is not None and "label" in eval_rows.column_names
     trainer = SiglipTrainer(
@@ -311,6 +336,11 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=collator,
         processing_class=processor,
         extra_evaluation=zero_shot_metric(eval_rows, collator, batch_size) if has_labels else None,
+        options={
+            "stage": "siglip",
+            "model": recorded_options(model_arguments),
+            "training": recorded_options(arguments),
+        },
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     if arguments.should_save:

@@ -21,21 +21,22 @@ from sigphi.modeling.modeling_siglip_resnet import keep_batch_norm_statistics
 from sigphi.modeling.modeling_sigphi import LORA_FOLDER, LORA_WEIGHTS
 from sigphi.train.arguments import SiglipTrainingArguments, check_launch
 from sigphi.train.augmentation import cut_out, jitter_color, shift_and_flip, uniform_draws
-from sigphi.train.averaging import WeightAverage, check_averaged
+from sigphi.train.averaging import WeightAverage
 from sigphi.train.collators import normalize
 from sigphi.train.gradient_check import GradientCheck
 from sigphi.train.losses import global_sigmoid_loss
 from sigphi.train.muon import Muon
 from sigphi.train.packing import PackedBatches, question_sizes
+from sigphi.train.resumable import ResumableTrainer
 
 
-class _ArtifactTrainer(Trainer):
-    """A Trainer whose output folders can be loaded and pushed as they are.
+class _ArtifactTrainer(ResumableTrainer):
+    """A Trainer whose output folders can be loaded and pushed as they are, and whose runs lose nothing.
 
     Args:
         extra_evaluation (`Callable`, *optional*): called with the model after each evaluation; gives further metrics
             by name, without prefix.
-        kwargs: those of [`~transformers.Trainer`].
+        kwargs: those of [`ResumableTrainer`].
     """
 
     def __init__(self, *, extra_evaluation: Callable[[Any], dict[str, float]] | None = None, **kwargs: Any) -> None:
@@ -179,12 +180,12 @@ class SiglipTrainer(_ArtifactTrainer):
         loss = self._global_loss((*embeds, unwrapped.logit_scale, unwrapped.logit_bias), inputs)
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(
+    def one_batch(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """As the Trainer's, or in two passes over the parts of the batch."""
         if self.args.micro_batch_size == 0:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return super().one_batch(model, inputs, num_items_in_batch)
         model.train()
         inputs = self._prepare_inputs(inputs)
         parts = _split(self._model_inputs(model, inputs), self.args.micro_batch_size)
@@ -230,7 +231,6 @@ class SiglipTrainer(_ArtifactTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As the Trainer's; where an average is kept, the weights themselves follow when training begins."""
-        check_averaged(Path(resume_from_checkpoint), self.args.ema_decay)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.averaging is not None:
             self.averaging.resume(Path(resume_from_checkpoint))

@@ -43,7 +43,9 @@ from sigphi.train.precision import weights_dtype
 from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
 from sigphi.train.qlora import build_vlm, load_language_model
 from sigphi.train.records import write_training_data
+from sigphi.train.replay_file import recorded_options
 from sigphi.train.report import write_loss_curve
+from sigphi.train.resumable import check_output_dir
 from sigphi.train.second_round import checkpoint_config, load_checkpoint, settle
 from sigphi.train.trainers import VlmTrainer
 from sigphi.train.vlm_evaluation import encode_images
@@ -247,6 +249,22 @@ def choose_watched(data: datasets.DatasetDict, seed: int, arguments: VlmTraining
     return None
 
 
+def rebuild_trainer(options: dict[str, Any], **changes: Any) -> VlmTrainer:
+    """
+    The trainer of `main` without its data, for a step that is replayed.
+
+    Args:
+        options (`dict`): those of the trainer in `main`.
+        changes: options of the training that are to be others.
+    """
+    model_arguments = VlmModelArguments(**options["model"])
+    arguments = VlmTrainingArguments(**options["training"] | changes)
+    check_models(model_arguments)
+    processor = build_processor(model_arguments)
+    model = build_model(model_arguments, arguments, processor, options["attn_implementation"])
+    return VlmTrainer(model=model, args=arguments, processing_class=processor)
+
+
 def main(argv: list[str] | None = None) -> None:
     """`sigphi train-vlm`: options, data, model, training, artifact, evaluation."""
     model_arguments, data_arguments, arguments = parse_arguments(
@@ -254,6 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     check_evaluation(data_arguments, arguments)
     model_arguments = settle(model_arguments)
+    check_output_dir(arguments)
     language_config = check_models(model_arguments)
     set_seed(arguments.seed)
     data = load_data(data_arguments)
@@ -285,6 +304,12 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=datasets.Dataset.from_list(rows[num_train:]) if "eval" in data else None,
         data_collator=collator,
         processing_class=processor,
+        options={
+            "stage": "vlm",
+            "model": recorded_options(model_arguments),
+            "training": recorded_options(arguments),
+            "attn_implementation": attention,
+        },
     )
     looks = None
     if watched is not None:
