@@ -113,7 +113,8 @@ def examine(trainer: Trainer, model: nn.Module, step: Step, grad_norm: Any) -> F
         step (`Step`): the step.
         grad_norm (`torch.Tensor` or `float`): of the gradients.
     """
-    cause = _bad_weight(model) or _bad_input(step)
+    # In this order: bad data may have been what a weight was started from.
+    cause = _bad_input(step) or _bad_weight(model)
     watch = _Watch()
     with own_random_numbers(), watch.over(model):
         losses = _run_again(trainer, model, step)

@@ -74,7 +74,7 @@ def replay_step(trainer: ResumableTrainer, replay: Replay) -> Finding | None:
     """
     trainer.args.max_steps = 1
     trainer.args.gradient_accumulation_steps = len(replay.step.batches)
-    trainer.args.per_device_train_batch_size = 1
+    trainer.args.per_device_train_batch_size = trainer._train_batch_size = 1
     trainer.args.train_sampling_strategy = "sequential"
     trainer.train_dataset = _SavedBatches(replay.step.batches, trainer.args.world_size)
     trainer.data_collator = _only_row
