@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import DatasetCardData
 
 from sigphi.hub_card.cards import TEMPLATES
+from sigphi.hub_card.markdown import code, table
 
 # Column -> its type, and what it holds.
 QA_COLUMNS = {
@@ -24,7 +25,6 @@ QA_COLUMNS = {
 }
 # The most rows of each class of size that the Hub knows.
 _SIZE_CATEGORIES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
-_LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,13 @@ def write_dataset_card(folder: Path, qa: QaSet) -> None:
         "num_images": sum(split["num_images"] for split in qa.splits.values()),
         "repo_id": json.dumps(qa.repo_id),
         "first_split": next(iter(qa.splits)),
-        "columns": _table(["column", "type", "holds"], [[f"`{name}`", *QA_COLUMNS[name]] for name in qa.columns]),
+        "columns": table(["column", "type", "holds"], [[f"`{name}`", *QA_COLUMNS[name]] for name in qa.columns]),
         "eval_fraction": qa.eval_fraction,
         "split_seed": qa.split_seed,
         "splits": _splits(qa.splits),
         "types": _types(qa),
         "made": _made(qa.annotation),
-        "license": "No license is stated." if qa.license == "unknown" else f"License: {_code(qa.license)}.",
+        "license": "No license is stated." if qa.license == "unknown" else f"License: {code(qa.license)}.",
         **_source(qa.images, "image" in qa.columns),
     }
     template = Template((TEMPLATES / "dataset.md").read_text(encoding="utf-8"))
@@ -145,9 +145,9 @@ def _source(images: str | None, with_pictures: bool) -> dict[str, str]:
         source = "a local folder in the schema of `uoft-cs/cifar10`"
         rights = "Whose images these are is not recorded."
     elif images.startswith("synthetic"):
-        source, rights = _code(images), "The pictures are drawn by `sigphi.train.synthetic` (Apache-2.0)."
+        source, rights = code(images), "The pictures are drawn by `sigphi.train.synthetic` (Apache-2.0)."
     else:
-        source, rights = _code(images), f"The license of the images is that of {_code(images)}."
+        source, rights = code(images), f"The license of the images is that of {code(images)}."
     if images in (None, "uoft-cs/cifar10"):
         rights += (
             " CIFAR-10 (Krizhevsky, 2009: Learning Multiple Layers of Features from Tiny Images) comes without one."
@@ -160,7 +160,7 @@ def _pictures_elsewhere(images: str | None) -> str:
     origin = images or "uoft-cs/cifar10"
     caveat = "" if images else ", if the local folder was a copy of it; a `label` that differs tells that it was not"
     return (
-        f"The pictures are not in this set. They are in {_code(origin)}{caveat}:\n\n"
+        f"The pictures are not in this set. They are in {code(origin)}{caveat}:\n\n"
         f"```python\nsource = load_dataset({json.dumps(origin)})\n"
         'picture = source[row["split"]][row["dataset_index"]]\n```'
     )
@@ -173,7 +173,7 @@ def _made(annotation: Annotation | None) -> str:
             "`sigphi data build` follow from the image's class and pixels by fixed rules, which the docstrings of\n"
             "`sigphi.train.facts` state. Those that a vision-language model wrote can be wrong."
         )
-    model = _code(annotation.model) if annotation.model else "a model in a local folder"
+    model = code(annotation.model) if annotation.model else "a model in a local folder"
     judged = (
         f"Of {annotation.num_judged} that could be judged, by the image's class and the rules of `sigphi.train.facts`,"
     )
@@ -187,29 +187,18 @@ def _splits(splits: dict[str, dict[str, Any]]) -> str:
     for name, split in splits.items():
         images = ", ".join(f"{count} of `{origin}`" for origin, count in split["images_per_split"].items())
         rows.append([f"`{name}`", images, f"{split['num_rows']}", f"`{split['fingerprint']}`"])
-    return _table(["split", "images, by split of the source", "questions", "fingerprint"], rows)
+    return table(["split", "images, by split of the source", "questions", "fingerprint"], rows)
 
 
 def _types(qa: QaSet) -> str:
     header = ["type", *(f"`{name}`" for name in qa.splits), "with short answer", "commonest", "share"]
     rows = []
     for kind in qa.types:
-        name = _code(kind.name) if kind.name else "without a type"
+        name = code(kind.name) if kind.name else "without a type"
         counts = [f"{kind.rows[split]}" for split in qa.splits]
-        best = [_code(kind.commonest), f"{kind.share:.3f}"] if kind.num_checkable else ["", ""]
+        best = [code(kind.commonest), f"{kind.share:.3f}"] if kind.num_checkable else ["", ""]
         rows.append([name, *counts, f"{kind.num_checkable}", *best])
-    return _table(header, rows)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
-
-
-def _code(text: str) -> str:
-    """Text of anybody as code in one cell of a table, on one line; what would end code or cell is replaced."""
-    visible = "".join(letter if letter.isprintable() else " " for letter in text)
-    words = " ".join(visible.replace("`", "'").replace("|", "/").split())
-    return f"`{words if len(words) <= _LONGEST_NAME else words[:_LONGEST_NAME] + '...'}`" if words else ""
+    return table(header, rows)
 
 
 __all__ = ["QA_COLUMNS", "Annotation", "QaSet", "QuestionType", "write_dataset_card"]

@@ -18,8 +18,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from sigphi.train import data_push
 from sigphi.train.data import QA_FEATURES, data_facts, load_cifar10_qa, main
 from sigphi.train.data_build import build_csv
-from sigphi.train.data_push import DataPushArguments, hub_errors, question_types, write_qa_repo
+from sigphi.train.data_push import DataPushArguments, question_types, write_qa_repo
 from sigphi.train.errors import UserError
+from sigphi.train.hub import hub_errors
 from sigphi.train.images import load_images
 
 # The same pictures under two names; the stand-in Hub has them as uoft-cs/cifar10.

@@ -6,58 +6,38 @@ sigphi data push qa.csv --repo-id alice/cifar10-qa
 """
 
 import json
-import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 import datasets
 import pandas as pd
 from datasets.info import DatasetInfosDict
 from datasets.table import embed_table_storage
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-)
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import CommitInfo
 from transformers.hf_argparser import HfArg
 
 from sigphi.hub_card.dataset_card import Annotation, QaSet, QuestionType, write_dataset_card
 from sigphi.train.arguments import one_of
 from sigphi.train.data import data_facts, load_cifar10_qa
 from sigphi.train.errors import UserError
+from sigphi.train.hub import PublishArguments, address_of, check_license, check_login, commit_folder, make_repo
 from sigphi.train.parser import parse_arguments
 
 # The Hub's word for what is held out to choose by; its `test` would be taken for CIFAR-10's.
 SPLIT_NAMES = {"train": "train", "eval": "validation"}
 # With pictures of CIFAR-10 about 250 MB.
 _ROWS_A_FILE = 100_000
-_REMEDIES = {
-    400: "check --repo-id and --revision",
-    401: "the token is not accepted: log in by `hf auth login`, or correct HF_TOKEN",
-    403: "the token may not write there: check the owner, and make a token with write access by `hf auth login`",
-    404: "there is no such owner or branch that you can see: check --repo-id and --revision",
-    409: "somebody else is changing it: run the command again",
-    412: "somebody else has changed it meanwhile: run the command again",
-}
 
 
 @dataclass
-class DataPushArguments:
+class DataPushArguments(PublishArguments):
     """Options of `sigphi data push`."""
 
     _argument_group_name = "data push"
 
-    repo_id: str = HfArg(help="Where to publish: OWNER/NAME. It is made if it does not exist.")
     images: str = HfArg(
         help="Images: a Hub id, a folder in the same schema, torchvision's download folder, or 'synthetic'.",
         default="uoft-cs/cifar10",
@@ -72,38 +52,20 @@ class DataPushArguments:
     eval_fraction: float = HfArg(help="Share of the images that become the split `validation`.", default=0.1)
     split_seed: int = HfArg(help="Seed of the hash that decides which images these are.", default=0)
     with_images: bool = HfArg(help="Publish the pictures too, one a row.", default=False)
-    private: bool = HfArg(help="Make the repository private.", default=False)
-    revision: str | None = HfArg(help="Branch to publish on; made if it does not exist.", default=None)
-    create_pr: bool = HfArg(help="Open a pull request instead of writing to the branch main.", default=False)
-    commit_message: str | None = HfArg(help="Title of the commit.", default=None)
     license: str = HfArg(help="License of the questions and answers, as the Hub writes it: 'mit'.", default="unknown")
 
     def __post_init__(self) -> None:
-        _check_repo_id(self.repo_id)
+        super().__post_init__()
         one_of("--on-faulty-answers", self.on_faulty_answers, ("error", "skip"))
         if self.image_split is not None:
             one_of("--image-split", self.image_split, ("train", "test"))
         if not 0 <= self.eval_fraction <= 1:
             raise UserError(f"--eval-fraction must be between 0 and 1, got {self.eval_fraction}.")
-        if self.create_pr and self.revision is not None:
-            raise UserError("--create-pr opens a pull request against main; leave out it or --revision.")
-        if self.commit_message == "":
-            raise UserError("--commit-message is empty; write one or leave it out.")
-        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license):
-            raise UserError(f"--license {self.license!r} is no license of the Hub: write it as mit or cc-by-4.0.")
+        check_license(self.license)
         if self.images.startswith("synthetic") and not self.with_images:
             raise UserError(
                 f"--images {self.images}: nobody can look up pictures drawn in code; publish them by --with-images."
             )
-
-
-def _check_repo_id(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UserError(f"--repo-id {repo_id!r}: {' '.join(str(error).split()).rstrip('.')}.") from error
-    if "/" not in repo_id:
-        raise UserError(f"--repo-id {repo_id}: write it with its owner, such as alice/{repo_id}.")
 
 
 def write_qa_repo(folder: Path, dataset: datasets.DatasetDict, input_csv: Path, options: DataPushArguments) -> None:
@@ -202,96 +164,20 @@ def question_types(parts: datasets.DatasetDict) -> list[QuestionType]:
 
 
 def publish(folder: Path, options: DataPushArguments) -> CommitInfo:
-    """Make the repository, if need be, and commit `folder` to it: all of it at once, or nothing.
+    """Make the repository, if need be, and commit `folder` to it, see [`commit_folder`].
 
-    Files under `data/` of an earlier push disappear in the same commit; others stay. After a broken connection the
-    same call again uploads only what is missing, and where all is there it makes no commit.
+    Files under `data/` of an earlier push disappear in the same commit; others stay.
 
     Args:
         folder (`Path`): of [`write_qa_repo`].
         options (`DataPushArguments`): where to.
 
-    Returns:
-        `huggingface_hub.CommitInfo`: the commit, or the last one where nothing has changed.
-
     Raises:
         UserError: if the Hub refuses or cannot be reached, and if a public repository was to be private.
     """
-    api = HfApi()
-    where = {"repo_id": options.repo_id, "repo_type": "dataset"}
-    with hub_errors(options.repo_id):
-        api.create_repo(**where, private=options.private or None, exist_ok=True)
-        is_private = api.repo_info(**where).private
-    if options.private and not is_private:
-        raise UserError(
-            f"--repo-id {options.repo_id} is there already, and public; make it private in its settings first, "
-            "or give another name. Nothing has been uploaded."
-        )
-    with hub_errors(options.repo_id):
-        if options.revision is not None and not options.revision.startswith("refs/pr/"):
-            api.create_branch(**where, branch=options.revision, exist_ok=True)
-        there = api.repo_info(**where, revision=options.revision)
-        # Not `upload_folder`, which may spread a folder over several commits.
-        return api.create_commit(
-            **where,
-            operations=_operations(folder, [file.rfilename for file in there.siblings]),
-            commit_message=options.commit_message or "Questions and answers with their card",
-            revision=options.revision,
-            create_pr=options.create_pr,
-            parent_commit=there.sha,
-        )
-
-
-def _operations(folder: Path, there: list[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Add every file of `folder`, and delete those of an earlier push among the files that are `there`."""
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    old = [name for name in there if name.startswith("data/") and name not in paths]
-    return [
-        *(CommitOperationAdd(name, path) for name, path in paths.items()),
-        *(CommitOperationDelete(name) for name in old),
-    ]
-
-
-@contextmanager
-def hub_errors(repo_id: str) -> Iterator[None]:
-    """Turn what `huggingface_hub` raises into [`UserError`]s with a remedy.
-
-    Of errors below HTTP only the kind is told: their texts can hold signed addresses, and the token.
-
-    Args:
-        repo_id (`str`): the repository that is written to.
-    """
-    try:
-        yield
-    except (LocalTokenNotFoundError, UnicodeEncodeError) as error:
-        raise UserError("there is no token of the Hub, or a garbled one: log in by `hf auth login`.") from error
-    except OfflineModeIsEnabled as error:
-        raise UserError("HF_HUB_OFFLINE is set, so nothing can be published; unset it.") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        said = f" ({error.server_message.strip().splitlines()[0].rstrip('.')})" if error.server_message else ""
-        remedy = _REMEDIES.get(status, "try again later")
-        raise UserError(f"--repo-id {repo_id}: the Hub answers {status}{said}; {remedy}.") from error
-    except (HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:
-        kind = type(error.__cause__ or error).__name__
-        raise UserError(
-            f"--repo-id {repo_id}: no connection to the Hub, or it broke ({kind}). Nothing is half there: run the "
-            "command again."
-        ) from error
-    except ValueError as error:
-        # The Hub has looked at the card before anything was uploaded, and --license is what a user decides in it.
-        reason = " ".join(str(error).split())
-        raise UserError(f"--repo-id {repo_id}: the Hub refuses the card: {reason} Check --license.") from error
-
-
-def _address(options: DataPushArguments, commit: CommitInfo) -> tuple[str, str | None]:
-    """Where to look at what has been published, and the revision to load; None for the branch main."""
-    if commit.pr_url is not None:
-        return commit.pr_url, commit.pr_revision
-    address = f"{HfApi().endpoint}/datasets/{options.repo_id}"
-    if options.revision is None:
-        return address, None
-    return f"{address}/tree/{quote(options.revision, safe='')}", options.revision
+    make_repo(options, "dataset")
+    message = "Questions and answers with their card"
+    return commit_folder(folder, options, "dataset", message, lambda name: name.startswith("data/"))
 
 
 def main(argv: list[str]) -> None:
@@ -299,8 +185,7 @@ def main(argv: list[str]) -> None:
     options, input_csv = parse_arguments(
         [DataPushArguments], argv, "sigphi data push", [("input_csv", None, "CSV of questions and answers")]
     )
-    with hub_errors(options.repo_id):
-        HfApi().whoami()  # before minutes go by on reading
+    check_login(options.repo_id)
     dataset = load_cifar10_qa(
         input_csv,
         options.images,
@@ -312,9 +197,9 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="sigphi-") as folder:
         write_qa_repo(Path(folder), dataset, Path(input_csv), options)
         commit = publish(Path(folder), options)
-    address, revision = _address(options, commit)
+    address, revision = address_of(options, commit, "datasets/")
     at = "" if revision is None else f", revision={json.dumps(revision)}"
     sys.stdout.write(f"{address}\nload_dataset({json.dumps(options.repo_id)}{at})\n")
 
 
-__all__ = ["SPLIT_NAMES", "DataPushArguments", "hub_errors", "main", "publish", "question_types", "write_qa_repo"]
+__all__ = ["SPLIT_NAMES", "DataPushArguments", "main", "publish", "question_types", "write_qa_repo"]
