@@ -30,9 +30,12 @@ def text_config_from(value: dict[str, Any] | PreTrainedConfig | None) -> PreTrai
     """The configuration object for a text model given as an object, a dict with `model_type`, or nothing (Phi-2)."""
     if isinstance(value, PreTrainedConfig):
         # A composite config resets the attention implementation of its parts, and the value may be a live model's.
-        return copy.deepcopy(value)
-    fields = copy.deepcopy(dict(value) if value else PHI_2)
-    return CONFIG_MAPPING[fields.pop("model_type", "phi")](**fields)
+        config = copy.deepcopy(value)
+    else:
+        fields = copy.deepcopy(dict(value) if value else PHI_2)
+        config = CONFIG_MAPPING[fields.pop("model_type", "phi")](**fields)
+    config._name_or_path = ""  # a path on the machine that trained is nobody else's business
+    return config
 
 
 @strict
@@ -97,6 +100,8 @@ class SiglipResNetConfig(HubCodeMixin, PreTrainedConfig):
         text_model_name_or_path (`str`, *optional*): repository or folder the text tower comes from.
         text_model_revision (`str`, *optional*): its revision.
         initializer_range (`float`, *optional*, defaults to `0.02`): standard deviation of newly made linear layers.
+        weight_hashes (`dict`, *optional*): set in what is published: the SHA-256 of each file of weights in hex, which
+            loading compares. Saving drops it.
     """
 
     model_type = "siglip_resnet"
@@ -126,6 +131,7 @@ class SiglipResNetConfig(HubCodeMixin, PreTrainedConfig):
     text_model_name_or_path: str | None = None
     text_model_revision: str | None = None
     initializer_range: float = 0.02
+    weight_hashes: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.vision_config, PreTrainedConfig):

@@ -34,6 +34,8 @@ class SigPhiConfig(HubCodeMixin, PreTrainedConfig):
         base_bits (`int`, *optional*, defaults to `16`): adapter form only: 4 or 8 when the LoRA was trained on the
             base quantised by bitsandbytes (NF4 with double quantisation, or LLM.int8), which loading then repeats.
         lora (`dict`, *optional*): adapter form only: the arguments of `peft.LoraConfig`.
+        weight_hashes (`dict`, *optional*): set in what is published: the SHA-256 of each file of weights in hex, which
+            loading compares. Saving drops it.
     """
 
     model_type = "sigphi"
@@ -61,6 +63,7 @@ class SigPhiConfig(HubCodeMixin, PreTrainedConfig):
     base_language_model_revision: str | None = None
     base_bits: int = 16
     lora: dict | None = None
+    weight_hashes: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.vision_config, PreTrainedConfig):

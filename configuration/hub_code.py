@@ -7,6 +7,7 @@ two when a config or a processor is saved.
 """
 
 import ast
+import hashlib
 import importlib.util
 import os
 import re
@@ -14,6 +15,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from transformers import PreTrainedConfig
+from transformers.utils import cached_file
+
+# Where and how a repository is read.
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 PACKAGE = "sigphi"
 _IMPORT = re.compile(rf"^(\s*from\s+){PACKAGE}(?:\.\w+)*\.(\w+)(?=\s+import\b)", re.MULTILINE)
 _MODULE = re.compile(rf"^\s*from\s+({PACKAGE}(?:\.\w+)+)\s+import\b", re.MULTILINE)
@@ -74,6 +80,44 @@ def hub_files(modules: Iterable[str]) -> dict[str, str]:
     return files
 
 
+def check_weights(name: str | os.PathLike, hashes: dict[str, str] | None, **kwargs: Any) -> None:
+    """
+    Check that files of weights are those that were published.
+
+    Args:
+        name (`str` or `os.PathLike`): the repository or folder that they were loaded from.
+        hashes (`dict[str, str]`, *optional*): the SHA-256 of each file in hex; without them nothing is checked.
+        kwargs: those of `from_pretrained`, of which the ones that say where the files are count.
+
+    Raises:
+        OSError: if a file is another one; the message names it.
+    """
+    place = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "subfolder") if kwargs.get(key) is not None}
+    for file, expected in (hashes or {}).items():
+        with open(cached_file(name, file, **place), "rb") as weights:
+            found = hashlib.file_digest(weights, "sha256").hexdigest()
+        if found != expected:
+            raise OSError(
+                f"{name}: {file} is not the file that was published: its SHA-256 begins with {found[:12]}, "
+                f"config.json records {expected[:12]}. Download it again, or read docs/hub.md if you changed it."
+            )
+
+
+def check_public(config: PreTrainedConfig, field: str) -> None:
+    """
+    Check that a model which a config names can be read by others, before the config is published.
+
+    Raises:
+        ValueError: if the field holds a folder of this machine.
+    """
+    name = getattr(config, field)
+    if name is not None and (os.path.isabs(name) or os.path.isdir(name)):
+        raise ValueError(
+            f"`config.{field}` is {name}, a folder of this machine, without which nobody can use what is published. "
+            f"Publish that folder first, and set `config.{field}` to its id on the Hub."
+        )
+
+
 class HubCodeMixin:
     """First base of a config or processor class: a folder that it saves loads without this package.
 
@@ -92,6 +136,8 @@ class HubCodeMixin:
             push_to_hub (`bool`, *optional*, defaults to `False`): upload afterwards, as `push_to_hub(repo_id, ...)`.
             kwargs: `repo_id` and the further arguments of `push_to_hub`.
         """
+        if isinstance(self, PreTrainedConfig):
+            self.weight_hashes: dict | None = None  # of weights that are saved anew, these would be those of others
         self.auto_map = {auto: ".".join(name.split(".")[-2:]) for auto, name in self.hub_auto_map.items()}
         saved = super().save_pretrained(save_directory)  # type: ignore[misc]
         # A class that was itself loaded from a repository is copied by transformers.
@@ -103,4 +149,4 @@ class HubCodeMixin:
         return saved
 
 
-__all__ = ["HubCodeMixin", "flatten", "hub_files"]
+__all__ = ["HUB_ARGUMENTS", "HubCodeMixin", "check_public", "check_weights", "flatten", "hub_files"]

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig, SiglipResNetVisionConfig
+from sigphi.configuration.hub_code import check_public, check_weights
 
 
 def sigmoid_loss(
@@ -282,6 +283,19 @@ class SiglipResNetPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """
+        Load as transformers does.
+
+        Raises:
+            OSError: if a file of weights is not the one that was published, see [`check_weights`].
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+        check_weights(pretrained_model_name_or_path, model.config.weight_hashes, **kwargs)
+        return loaded
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -388,6 +402,17 @@ class SiglipResNetModel(SiglipResNetPreTrainedModel):
             tower.eval()
         return self
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """
+        Publish as transformers does.
+
+        Raises:
+            ValueError: if the text tower is not inside and lies in a folder of this machine.
+        """
+        if not self.config.include_text_tower:
+            check_public(self.config, "text_model_name_or_path")
+        return super().push_to_hub(repo_id, **kwargs)
+
     def load_text_tower(self, pretrained_model_name_or_path: str | None = None, **kwargs: Any) -> None:
         """
         Read the text tower of an encoder that was saved without it, and freeze it.
@@ -485,8 +510,15 @@ class SiglipResNetModel(SiglipResNetPreTrainedModel):
         )
 
     def save_pretrained(self, save_directory: Any, state_dict: dict | None = None, **kwargs: Any) -> None:
-        """Save as transformers does; without the text tower's weights where `config.include_text_tower` is `False`."""
+        """
+        Save as transformers does; without the text tower's weights where `config.include_text_tower` is `False`.
+
+        Raises:
+            ValueError: with `push_to_hub`, if that text tower lies in a folder of this machine.
+        """
         if not self.config.include_text_tower:
+            if kwargs.get("push_to_hub"):
+                check_public(self.config, "text_model_name_or_path")
             state_dict = {
                 name: tensor
                 for name, tensor in (state_dict or self.state_dict()).items()

@@ -30,6 +30,7 @@ from transformers.utils import cached_file, is_peft_available
 from transformers.utils.generic import can_return_tuple
 
 from sigphi.configuration.configuration_sigphi import SigPhiConfig
+from sigphi.configuration.hub_code import HUB_ARGUMENTS, check_public, check_weights
 from sigphi.modeling.modeling_siglip_resnet import ScaleKeepingLinear, SiglipResNetVisionModel
 
 if is_peft_available():
@@ -40,8 +41,6 @@ if is_peft_available():
 
 LORA_FOLDER = "lora"
 LORA_WEIGHTS = "adapter_model.safetensors"
-# Where and how a repository is read.
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 # Those that take a mask of which token sees which; FlashAttention-2 knows only whole sequences one after the other.
 SEGMENT_ATTENTION = ("eager", "sdpa", "flex_attention")
 # Logits of the loss that are in memory at a time: in float32 with their gradients a few hundred MB.
@@ -136,7 +135,8 @@ class SigPhiPreTrainedModel(PreTrainedModel):
 
         Raises:
             ImportError: if the adapter form is loaded without `peft`, or a quantised base without `bitsandbytes`.
-            OSError: if the base language model cannot be read; the message names its repository and revision.
+            OSError: if the base language model cannot be read; the message names its repository and revision. Also if
+                a file of weights is not the one that was published, see [`check_weights`].
             ValueError: if the base is itself in adapter form, or stored in another precision than is asked for.
         """
         config = kwargs.pop("config", None)
@@ -153,8 +153,11 @@ class SigPhiPreTrainedModel(PreTrainedModel):
         if config.base_language_model is None:
             if isinstance(kwargs.get("quantization_config"), BitsAndBytesConfig):
                 kwargs["quantization_config"] = _for_language_model_alone(kwargs["quantization_config"])
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-        return cls._from_adapter(pretrained_model_name_or_path, config, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        else:
+            loaded = cls._from_adapter(pretrained_model_name_or_path, config, **dict(kwargs))
+        check_weights(pretrained_model_name_or_path, config.weight_hashes, **kwargs)
+        return loaded
 
     @classmethod
     def _from_adapter(cls, folder: Any, config: SigPhiConfig, **kwargs: Any) -> Any:
@@ -760,6 +763,16 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, state_dict=own)
         # There transformers would upload only what it has written itself.
         self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """
+        Publish as transformers does.
+
+        Raises:
+            ValueError: if the base language model of the adapter form lies in a folder of this machine.
+        """
+        check_public(self.config, "base_language_model")
+        return super().push_to_hub(repo_id, **kwargs)
 
     def _save_lora(self, folder: str, state_dict: dict | None) -> None:
         os.makedirs(folder, exist_ok=True)
