@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from sigphi import SiglipResNetConfig, SigPhiConfig
 from sigphi.hub_card.cards import TEMPLATES, write_card
@@ -65,7 +66,7 @@ def test_recorded_facts_are_told(tmp_path, config):
     data = {"num_images": 4321, "images": "uoft-cs/cifar10", "eval_fraction": 0.1, "images_per_split": {"train": 4321}}
     text = card(tmp_path, config, eval_results=results, training_data=data)
     assert "| `zero_shot_top1` | 0.9877 |" in text
-    assert "| num images | 4321 |" in text and "| images | uoft-cs/cifar10 |" in text
+    assert "| num images | 4321 |" in text and "| images | `uoft-cs/cifar10` |" in text
     assert "metadata" not in text and "images per split" not in text
     assert "Not evaluated yet" not in text and "not recorded" not in text
     assert "40 x 40 pixels" in text
@@ -79,6 +80,64 @@ def test_an_encoder_of_another_set_says_so(tmp_path):
     assert "Over 3 images of `somebody/captions`" in text
     assert "airplane" not in text and "None" not in text
     assert "Trained on pictures of ten classes (airplane" in card(tmp_path, ENCODER, training_data={"num_images": 8})
+
+
+NASTY = 'x: "y\n---\n<script>alert(1)</script> | `z` [a](javascript:b) $HOME'
+
+
+@pytest.mark.parametrize("config", [ENCODER | {"include_text_tower": False}, VLM | {"base_bits": 4}])
+def test_text_of_others_breaks_neither_yaml_nor_markdown(tmp_path, config):
+    config = config | {"text_model_name_or_path": NASTY, "base_language_model": NASTY}
+    data = dict.fromkeys(("images", "dataset", "siglip_checkpoint", "language_model", "fingerprint"), NASTY)
+    results = {"zero_shot_top1": 0.5, f"accuracy/{NASTY}": 0.25}
+    results["metadata"] = {"images": 3, "dataset": NASTY, "probe": NASTY, "image_splits": [NASTY]}
+    scores = {"precision": 0.5, "recall": None, "f1": None, "support": 3}
+    files = {"eval_results": results, "training_data": data, "training_args": {"optim": NASTY, "seed": 3}}
+    text = card(tmp_path, config, model_id=NASTY, confusion_matrix={"per_class": {NASTY: scores}}, **files)
+    front = header(text)
+    assert front.keys() >= {"library_name", "pipeline_tag", "license", "model-index"}
+    assert "base_model" not in front and "datasets" not in front
+    body = text.split("---\n", 2)[2]
+    for block in re.findall(r"```python\n(.*?)\n```", body, re.DOTALL):
+        ast.parse(block)
+    outside = re.sub(r"`[^`\n]+`", "", re.sub(r"```.*?```", "", body, flags=re.DOTALL))
+    assert "<script" not in outside and "javascript:" not in outside and "`" not in outside
+    rows = [line for line in body.splitlines() if line.startswith("| ")]
+    assert all(re.sub(r"`[^`]*`", "", row).count("|") in (3, 6) for row in rows)
+
+
+def test_the_index_has_the_figures_that_the_hub_can_compare(tmp_path):
+    results = {"class_accuracy": 0.75, "answer_accuracy_shuffled_image": 0.3, "accuracy/object": 0.7, "eval_loss": 1.5}
+    results |= {"majority/class": 0.1, "answer_count": 12, "image_gain": 0.4}
+    metadata = {"image_source": "uoft-cs/cifar10", "image_splits": ["test"]}
+    text = card(tmp_path, VLM, model_id="a/vlm", eval_results=results | {"metadata": metadata})
+    data = ModelCard(text).data
+    assert data.model_name == "vlm"
+    assert {one.metric_name: (one.metric_type, one.metric_value) for one in data.eval_results} == {
+        "eval_loss": ("loss", 1.5),
+        "class_accuracy": ("accuracy", 0.75),
+        "image_gain": ("image_gain", 0.4),
+    }
+    drawn = results | {"metadata": {"image_source": "synthetic:200"}}
+    assert {one.dataset_type for one in ModelCard(card(tmp_path, VLM, eval_results=drawn)).data.eval_results} == {
+        "synthetic"
+    }
+    here = results | {"metadata": {"image_source": str(tmp_path)}}
+    text = card(tmp_path, VLM, eval_results=here)
+    assert ModelCard(text).data.eval_results[0].dataset_name == "a local folder" and str(tmp_path) not in text
+
+
+def test_sources_sets_and_emissions_are_in_the_header(tmp_path):
+    (tmp_path / "emissions.csv").write_text("timestamp,emissions\n1,0.5\n2,0.0125\n")
+    data = {"images": "uoft-cs/cifar10", "siglip_checkpoint": "a/eye", "encoder": {"dataset": "b/captions"}}
+    data |= {"siglip_checkpoint_revision": "c" * 40}
+    text = card(tmp_path, VLM | {"base_language_model": "microsoft/phi-2"}, training_data=data)
+    front = header(text)
+    assert front["base_model"] == ["microsoft/phi-2", "a/eye"] and front["base_model_relation"] == "adapter"
+    assert front["datasets"] == ["uoft-cs/cifar10", "b/captions"]
+    assert front["co2_eq_emissions"]["emissions"] == 12.5
+    assert f"| `a/eye` | `{'c' * 40}` |" in text and "| `microsoft/phi-2` | not recorded |" in text
+    assert "pip install torch transformers pillow peft`" in text
 
 
 def test_the_name_is_the_folder_s_by_default(tmp_path):
