@@ -26,6 +26,8 @@ COMMANDS = {
     "merge": ("sigphi.train.merge", "merge LoRA into the language model, and measure what that changes"),
     "export": ("sigphi.train.export", "write a VLM as adapter, merged or 4-bit model, and measure what that changes"),
     "replay": ("sigphi.train.replay", "run the training step again that a NaN has stopped"),
+    "push": ("sigphi.train.push", "publish a model with its card on the Hub"),
+    "verify": ("sigphi.train.verify", "compare a model's files with the hashes of its release, and its figures"),
     "search": ("sigphi.train.search", "find pictures by a text or another picture, in an index that it builds"),
 }
 

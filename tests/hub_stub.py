@@ -98,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     server: "Server"
-    answer_is_cut = False
+    cut_of_answer: str | None = None
 
     def log_message(self, *args: Any) -> None:
         """Keep test output clean; `HubStub.log` has every request."""
@@ -107,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
         """Answer with bytes as they are, and with anything else as JSON."""
         if not isinstance(body, bytes):
             body, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
-        if self.answer_is_cut:
+        if self.cut_of_answer == "answer":
             self.hang_up()
             return
         self.hub.log.append((self.command, self.path, status))
@@ -116,7 +116,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, str(value))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            is_cut = self.cut_of_answer == "middle"
+            self.wfile.write(body[: len(body) // 2] if is_cut else body)
+            if is_cut:
+                self.hang_up()
 
     def serve(self) -> None:
         """Find the route of this request and follow it."""
@@ -128,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.read(length // 2)
             self.hang_up()
             return
-        self.answer_is_cut = cut == "answer"
+        self.cut_of_answer = cut
         data = self.rfile.read(length)
         try:
             with self.hub.lock:
@@ -165,13 +168,13 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(401, "", "Invalid credentials in Authorization header")
         return self.hub.tokens.get(token)
 
-    def demand_write(self, repo: str) -> None:
-        """Refuse whoever may not change `repo`; anybody who may write at all may open pull requests."""
+    def demand_write(self, repo: str, revision: str = "main") -> None:
+        """Refuse whoever may not change `repo`; anybody who may write at all may open pull requests, and go on."""
         role = self.role()
         if role is None:
             raise Refusal(401, "", "Invalid username or password.")
         is_owner = repo.split("/")[0] == self.hub.user
-        if role != "write" or not (is_owner or self.asks_for_pull_request):
+        if role != "write" or not (is_owner or self.asks_for_pull_request or revision.startswith("refs/pr/")):
             raise Refusal(403, "", f"You don't have the rights to write to {repo}")
 
     def find(self, kind: str | None, repo: str, revision: str | None = "main") -> tuple[Repo, str]:
@@ -211,7 +214,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"url": f"{self.hub.url}/{prefix}{repo}", "name": repo}, status)
 
     def preupload(self, data: bytes, kind: str, repo: str, revision: str) -> None:
-        self.demand_write(repo)
+        self.demand_write(repo, revision)
         found, name = self.find(kind, repo, revision)
         there = found.commits[name].files
         files = []
@@ -236,7 +239,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply()
 
     def commit(self, data: bytes, kind: str, repo: str, revision: str) -> None:
-        self.demand_write(repo)
+        self.demand_write(repo, revision)
         found, parent = self.find(kind, repo, revision)
         title, files = "", dict(found.commits[parent].files)
         for operation in map(json.loads, data.splitlines()):
@@ -368,7 +371,7 @@ class HubStub:
         self.blobs: dict[str, bytes] = {}
         self.tokens = {"hf_x": "write", "hf_read": "read"}  # token -> what it allows
         self.log: list[tuple[str, str, int]] = []  # method, path and status (0: cut) of every request
-        self.cuts: list[tuple[str, str]] = []
+        self.cuts: list[tuple[str, str, int]] = []
         self.lock = threading.RLock()
         self.server = Server(("127.0.0.1", 0), Handler)
         self.server.hub = self
@@ -384,21 +387,26 @@ class HubStub:
             "HF_HUB_DISABLE_XET": "1",
         }
 
-    def cut(self, pattern: str, what: str = "request") -> None:
+    def cut(self, pattern: str, what: str = "request", skip: int = 0) -> None:
         """Break the connection of the next request whose "METHOD path" holds the regular expression `pattern`.
 
         Args:
             pattern (`str`): such as `"POST .*/commit/"`.
-            what (`str`, *optional*): `"request"` cuts off its second half, `"answer"` serves it and says nothing.
+            what (`str`, *optional*): `"request"` cuts off its second half, `"answer"` serves it and says nothing,
+                `"middle"` serves it and sends half of the answer.
+            skip (`int`, *optional*, defaults to 0): so many such requests pass before.
         """
-        self.cuts.append((pattern, what))
+        self.cuts.append((pattern, what, skip))
 
     def take_cut(self, line: str) -> str | None:
         """How to break the request that begins with `line`, if at all."""
-        for cut in self.cuts:
-            if re.search(cut[0], line):
-                self.cuts.remove(cut)
-                return cut[1]
+        for place, (pattern, what, skip) in enumerate(self.cuts):
+            if not re.search(pattern, line):
+                continue
+            if skip == 0:
+                del self.cuts[place]
+                return what
+            self.cuts[place] = (pattern, what, skip - 1)
         return None
 
     def add(self, repo: str, files: dict[str, bytes], kind: str = "models") -> None:

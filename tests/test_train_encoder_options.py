@@ -176,12 +176,12 @@ def test_the_command_measures_everything_and_its_card_tells(
     for name in ("knn_top1", "linear_probe_top1", "ece", "human_top1", "human_cross_entropy"):
         assert f"{name} " in out and math.isfinite(results[name])
     card = (encoder_folder / "README.md").read_text()
-    assert "Over 30 images of split test." in card
-    assert "40 labelled images of synthetic:90, split train, none of which is evaluated" in card
+    assert "Over 30 images of split `test`." in card
+    assert "40 labelled images of `synthetic:90`, `split train`, none of which is evaluated" in card
     assert "labels that people gave" in card
     scores = json.loads((encoder_folder / "confusion_matrix.json").read_text())["per_class"]["cat"]
     precision = "-" if scores["precision"] is None else f"{scores['precision']:.3f}"
-    assert f"| cat | {precision} | {scores['recall']:.3f} |" in card
+    assert f"| `cat` | {precision} | {scores['recall']:.3f} |" in card
     assert "](confusion_matrix.png)" in card and (encoder_folder / "confusion_matrix.png").exists()
     assert "recall/cat" not in card
 

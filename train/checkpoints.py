@@ -1,6 +1,7 @@
 """Reading models that a command is given, with errors that say what is wrong with them."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def read_config(
     Raises:
         UserError: if there is no such model, or it is of another kind; the message names the value and the remedy.
     """
-    if _looks_like_path(name) and not Path(name, "config.json").is_file():
+    if looks_like_path(name) and not Path(name, "config.json").is_file():
         raise UserError(f"{option} {name}: there is no model folder with a config.json here.")
     try:
         config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
@@ -50,7 +51,7 @@ def read_config(
     return config
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
     """A Hub id is `owner/name` or `name`; anything that exists here, or is written as a path, is a folder."""
     return (
         os.path.exists(name)
@@ -67,6 +68,38 @@ def hub_commit(repo_id: str, revision: str | None = None) -> str:
     return Path(hf_hub_download(repo_id, "config.json", revision=revision)).parent.name
 
 
+def commit_on_hub(repo_id: str, place: str, revision: str | None = None) -> str:
+    """
+    As [`hub_commit`], for a command.
+
+    Args:
+        repo_id (`str`): a Hub id.
+        place (`str`): where the user gave it, for the message, such as `"--text-model"`.
+        revision (`str`, *optional*): a branch, tag or commit; by default the main branch.
+
+    Raises:
+        UserError: if there is no such model, or the Hub cannot be reached.
+    """
+    try:
+        return hub_commit(repo_id, revision)
+    except OSError as error:  # those of huggingface_hub are
+        at = "" if revision is None else f" at {revision}"
+        raise UserError(
+            f"{place} {repo_id}{at}: cannot be read from the Hub ({type(error).__name__}). Check the name, and that "
+            "the Hub can be reached."
+        ) from error
+
+
+def pinned_revision(name: str, revision: str | None) -> str | None:
+    """The commit that a revision of a model on the Hub stands for now; for a folder, which has none, `None`."""
+    return None if looks_like_path(name) else revision if is_commit(revision) else hub_commit(name, revision)
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is the full name of a commit, which never stands for anything else."""
+    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
 def check_token_counts(config: SigPhiConfig, processor: Any, name: str) -> None:
     """Raise a [`UserError`] unless processor and model agree on the number of image tokens."""
     if processor.num_image_tokens != config.num_image_tokens:
@@ -77,4 +110,12 @@ def check_token_counts(config: SigPhiConfig, processor: Any, name: str) -> None:
         )
 
 
-__all__ = ["check_token_counts", "hub_commit", "read_config"]
+__all__ = [
+    "check_token_counts",
+    "commit_on_hub",
+    "hub_commit",
+    "is_commit",
+    "looks_like_path",
+    "pinned_revision",
+    "read_config",
+]

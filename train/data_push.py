@@ -23,7 +23,7 @@ from sigphi.hub_card.dataset_card import Annotation, QaSet, QuestionType, write_
 from sigphi.train.arguments import one_of
 from sigphi.train.data import data_facts, load_cifar10_qa
 from sigphi.train.errors import UserError
-from sigphi.train.hub import PublishArguments, address_of, check_license, check_login, commit_folder, make_repo
+from sigphi.train.hub import HubRepo, PublishArguments, check_license, check_login, files_in
 from sigphi.train.parser import parse_arguments
 
 # The Hub's word for what is held out to choose by; its `test` would be taken for CIFAR-10's.
@@ -163,21 +163,23 @@ def question_types(parts: datasets.DatasetDict) -> list[QuestionType]:
     return types
 
 
-def publish(folder: Path, options: DataPushArguments) -> CommitInfo:
-    """Make the repository, if need be, and commit `folder` to it, see [`commit_folder`].
+def publish(folder: Path, repo: HubRepo) -> CommitInfo:
+    """Make the repository, if need be, and commit `folder` to it, see [`HubRepo.commit`].
 
     Files under `data/` of an earlier push disappear in the same commit; others stay.
 
     Args:
         folder (`Path`): of [`write_qa_repo`].
-        options (`DataPushArguments`): where to.
+        repo (`HubRepo`): where to.
 
     Raises:
         UserError: if the Hub refuses or cannot be reached, and if a public repository was to be private.
     """
-    make_repo(options, "dataset")
-    message = "Questions and answers with their card"
-    return commit_folder(folder, options, "dataset", message, lambda name: name.startswith("data/"))
+    repo.make()
+    paths, head = files_in(folder), repo.head()
+    names = [file.rfilename for file in head.siblings]
+    old = [name for name in names if name.startswith("data/") and name not in paths]
+    return repo.commit(paths, old, "Questions and answers with their card", head.sha)
 
 
 def main(argv: list[str]) -> None:
@@ -196,8 +198,9 @@ def main(argv: list[str]) -> None:
     )
     with tempfile.TemporaryDirectory(prefix="sigphi-") as folder:
         write_qa_repo(Path(folder), dataset, Path(input_csv), options)
-        commit = publish(Path(folder), options)
-    address, revision = address_of(options, commit, "datasets/")
+        repo = HubRepo(options, "dataset")
+        commit = publish(Path(folder), repo)
+    address, revision = repo.address(commit)
     at = "" if revision is None else f", revision={json.dumps(revision)}"
     sys.stdout.write(f"{address}\nload_dataset({json.dumps(options.repo_id)}{at})\n")
 

@@ -13,6 +13,7 @@ from transformers.hf_argparser import HfArg
 from sigphi.train.errors import UserError
 from sigphi.train.facts import CLASS_NAMES
 from sigphi.train.images import load_images
+from sigphi.train.records import durable_name
 
 
 @dataclass
@@ -57,11 +58,11 @@ def encoder_options(arguments: EncoderEvaluationArguments, dataset: datasets.Dat
     options: dict[str, Any] = {"notes": notes}
     if arguments.human_labels is not None:
         options["human_counts"] = read_human_labels(arguments.human_labels, dataset)
-        notes["human_labels"] = arguments.human_labels
+        notes["human_labels"] = durable_name(arguments.human_labels)
     if arguments.probe_size > 0:
         source, split = arguments.probe_images or images, arguments.probe_split
         options["probe"] = probe_images(source, split, arguments.probe_size, dataset)
-        notes["probe"] = f"{source}, split {split}"
+        notes["probe"] = f"{durable_name(source)}, split {split}"
     return options
 
 

@@ -4,7 +4,6 @@ sigphi evaluate outputs/vlm --input-csv test.csv --images uoft-cs/cifar10
 sigphi evaluate outputs/siglip --dataset captions --dataset-split test --text-column caption
 """
 
-import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ from sigphi.train.image_texts import hold_out, load_image_texts
 from sigphi.train.parser import parse_arguments
 from sigphi.train.precision import inference_dtype
 from sigphi.train.predictions import PREDICTIONS, write_samples
-from sigphi.train.records import EVAL_RESULTS, TRAINING_DATA, environment, write_json
+from sigphi.train.records import EVAL_RESULTS, durable_name, environment, training_record, write_json
 from sigphi.train.vlm_evaluation import evaluate_vlm
 
 logger = logging.getLogger(__name__)
@@ -122,11 +121,10 @@ def only_unseen(dataset: datasets.Dataset, model: str) -> datasets.Dataset:
     Raises:
         UserError: if no row is left.
     """
-    record = Path(model, TRAINING_DATA)
-    if not record.exists():
+    facts = training_record(model)
+    if not facts:
         logger.warning("%s does not record what it was trained on; scores may cover images that it has seen.", model)
         return dataset
-    facts = json.loads(record.read_text(encoding="utf-8"))
     # A VLM has seen its own training images, those of the VLM that it started from, and its image tower others.
     sources = list(_trainings(facts))
     if any(source.get("dataset") for source in sources):
@@ -170,9 +168,9 @@ def only_unseen_pairs(rows: datasets.Dataset, data: PairsArguments, model: str) 
     Raises:
         UserError: if no row is left.
     """
-    record = Path(model, TRAINING_DATA)
-    facts = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    if any(facts.get(name) != getattr(data, name) for name in ("dataset", "dataset_config", "dataset_split")):
+    facts = training_record(model)
+    source = (durable_name(data.dataset or ""), data.dataset_config, data.dataset_split)
+    if tuple(facts.get(name) for name in ("dataset", "dataset_config", "dataset_split")) != source:
         logger.warning("%s records no training on this split; scores may cover images that it has seen.", model)
         return rows
     if facts["eval_fraction"] == 0:
@@ -216,6 +214,24 @@ def main(argv: list[str] | None = None) -> None:
         "sigphi evaluate",
         [("model", None, "a folder or Hub id")],
     )
+    sys.stdout.write(results_table(evaluate_as_asked(model, data, options, encoder)))
+
+
+def evaluate_as_asked(
+    model: str, data: PairsArguments, options: EvaluateArguments, encoder: EncoderEvaluationArguments
+) -> dict[str, Any]:
+    """
+    The metrics of a model by the options of `sigphi evaluate`; see [`evaluate_folder`].
+
+    Args:
+        model (`str`): a folder or Hub id.
+        data (`PairsArguments`): what it is evaluated on.
+        options (`EvaluateArguments`): how.
+        encoder (`EncoderEvaluationArguments`): how, of an encoder.
+
+    Raises:
+        UserError: if the options do not go with the model, or the data cannot be read or judged.
+    """
     config = read_config(model, "MODEL", SiglipResNetConfig.model_type, SigPhiConfig.model_type)
     is_encoder = config.model_type == SiglipResNetConfig.model_type
     if encoder != EncoderEvaluationArguments():
@@ -223,14 +239,13 @@ def main(argv: list[str] | None = None) -> None:
     if options.torch_compile and is_encoder:
         raise UserError(f"--torch-compile is for VLMs, and {model} is none; leave it out.")
     if data.dataset is not None:
-        sys.stdout.write(results_table(_evaluate_pairs(model, is_encoder, data, options)))
-        return
+        return _evaluate_pairs(model, is_encoder, data, options)
     dataset = load_cifar10_qa(data.input_csv, data.images, data.image_split, 1.0, 0, data.on_faulty_answers)["eval"]
     dataset = only_unseen(dataset, model)
     if options.max_images is not None:
         _, positions = distinct_images(dataset)
         dataset = dataset.select([row for row, position in enumerate(positions) if position < options.max_images])
-    kwargs: dict[str, Any] = {"batch_size": options.batch_size}
+    kwargs: dict[str, Any] = {"batch_size": options.batch_size, "notes": {}}
     if is_encoder:
         kwargs |= encoder_options(encoder, dataset, data.images)
     else:
@@ -238,7 +253,8 @@ def main(argv: list[str] | None = None) -> None:
         if options.torch_compile:
             check_compilable(config)
         kwargs |= {"max_new_tokens": options.max_new_tokens, "torch_compile": options.torch_compile}
-    sys.stdout.write(results_table(evaluate_folder(model, dataset, **kwargs)))
+    kwargs["notes"] |= {"image_source": durable_name(data.images)}
+    return evaluate_folder(model, dataset, **kwargs)
 
 
 def _check_encoder_options(model: str, is_encoder: bool, data: PairsArguments) -> None:
@@ -256,11 +272,20 @@ def _evaluate_pairs(model: str, is_encoder: bool, data: PairsArguments, options:
     rows = only_unseen_pairs(load_image_texts(data.dataset, *names), data, model)
     if options.max_images is not None:
         rows = rows.select(range(min(len(rows), options.max_images)))
-    notes = {"dataset": data.dataset, "dataset_split": data.dataset_split}
+    notes = {"dataset": durable_name(data.dataset), "dataset_split": data.dataset_split}
     return evaluate_pairs_folder(model, rows, notes, options.batch_size)
 
 
-__all__ = ["evaluate_folder", "evaluate_pairs_folder", "load_for_evaluation", "main", "only_unseen", "results_table"]
+__all__ = [
+    "EvaluateArguments",
+    "evaluate_as_asked",
+    "evaluate_folder",
+    "evaluate_pairs_folder",
+    "load_for_evaluation",
+    "main",
+    "only_unseen",
+    "results_table",
+]
 
 if __name__ == "__main__":
     run_command(main, "sigphi evaluate")

@@ -1,10 +1,12 @@
 """Publishing a folder on the Hub: options of every kind of repository, one commit, and errors with a remedy."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -73,77 +75,106 @@ def check_login(repo_id: str) -> None:
         HfApi().whoami()
 
 
-def make_repo(options: PublishArguments, repo_type: str) -> None:
+class HubRepo:
     """
-    Make the repository, if it does not exist.
+    A repository that is written to.
 
     Args:
-        options (`PublishArguments`): its name, and whether it is private.
+        options (`PublishArguments`): which, and how.
         repo_type (`str`): `"model"` or `"dataset"`.
-
-    Raises:
-        UserError: if the Hub refuses or cannot be reached, and if a public repository was to be private.
+        token (`str`, *optional*): by default the one that `huggingface_hub` finds in HF_TOKEN or in its own place.
+        option (`str`, *optional*, defaults to `"--repo-id"`): where the user has named it, for messages.
     """
-    api = HfApi()
-    with hub_errors(options.repo_id):
-        api.create_repo(options.repo_id, repo_type=repo_type, private=options.private or None, exist_ok=True)
-        is_private = api.repo_info(options.repo_id, repo_type=repo_type).private
-        if options.private and not is_private:
-            raise UserError(
-                f"--repo-id {options.repo_id} is there already, and public; make it private in its settings first, "
-                "or give another name. Nothing has been uploaded."
+
+    def __init__(
+        self, options: PublishArguments, repo_type: str, token: str | None = None, option: str = "--repo-id"
+    ) -> None:
+        self.options, self.option = options, option
+        self.api = HfApi(token=token)
+        self.where: dict[str, Any] = {"repo_id": options.repo_id, "repo_type": repo_type}
+
+    def make(self) -> None:
+        """
+        Make repository and branch, if they do not exist.
+
+        Raises:
+            UserError: if the Hub refuses or cannot be reached, and if a public repository was to be private.
+        """
+        name, branch = self.options.repo_id, self.options.revision
+        with self.errors():
+            self.api.create_repo(**self.where, private=self.options.private or None, exist_ok=True)
+            if self.options.private and not self.api.repo_info(**self.where).private:
+                raise UserError(
+                    f"{self.option} {name} is there already, and public; make it private in its settings first, "
+                    "or give another name. Nothing has been uploaded."
+                )
+            if branch is not None and not branch.startswith("refs/pr/"):
+                self.api.create_branch(**self.where, branch=branch, exist_ok=True)
+
+    def head(self) -> Any:
+        """The last commit of the branch, as `huggingface_hub` tells of it: `sha`, `siblings`."""
+        with self.errors():
+            return self.api.repo_info(**self.where, revision=self.options.revision)
+
+    def text_at(self, head: Any, name: str) -> str | None:
+        """The text of a file at a commit of [`head`], or None where there is no such file."""
+        if name not in [file.rfilename for file in head.siblings]:
+            return None
+        with self.errors(), tempfile.TemporaryDirectory(prefix="sigphi-") as folder:
+            path = self.api.hf_hub_download(**self.where, filename=name, revision=head.sha, local_dir=folder)
+            return Path(path).read_text(encoding="utf-8")
+
+    def commit(self, paths: dict[str, Path], old: list[str], message: str, parent: str) -> CommitInfo:
+        """
+        Commit files: all of them at once, or nothing.
+
+        After a broken connection the same call again uploads only what is missing, and where all is there it makes
+        no commit.
+
+        Args:
+            paths (`dict[str, Path]`): what is to be there, by its name in the repository.
+            old (`list[str]`): files to delete in the same commit.
+            message (`str`): title of the commit, where the options have none.
+            parent (`str`): the commit that it follows; if there has been another one since, nothing happens.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: the commit, or the last one where nothing has changed.
+
+        Raises:
+            UserError: if the Hub refuses or cannot be reached.
+        """
+        with self.errors():
+            # Not `upload_folder`, which may spread a folder over several commits.
+            return self.api.create_commit(
+                **self.where,
+                operations=[
+                    *(CommitOperationAdd(name, path) for name, path in paths.items()),
+                    *(CommitOperationDelete(name) for name in old),
+                ],
+                commit_message=self.options.commit_message or message,
+                revision=self.options.revision,
+                create_pr=self.options.create_pr,
+                parent_commit=parent,
             )
-        if options.revision is not None and not options.revision.startswith("refs/pr/"):
-            api.create_branch(options.repo_id, repo_type=repo_type, branch=options.revision, exist_ok=True)
+
+    def address(self, commit: CommitInfo) -> tuple[str, str | None]:
+        """Where to look at what has been committed, and the revision to load; None for the branch main."""
+        if commit.pr_url is not None:
+            return commit.pr_url, commit.pr_revision
+        prefix = "" if self.where["repo_type"] == "model" else f"{self.where['repo_type']}s/"
+        address = f"{self.api.endpoint}/{prefix}{self.options.repo_id}"
+        if self.options.revision is None:
+            return address, None
+        return f"{address}/tree/{quote(self.options.revision, safe='')}", self.options.revision
+
+    def errors(self) -> AbstractContextManager[None]:
+        """See [`hub_errors`]."""
+        return hub_errors(self.options.repo_id, self.option)
 
 
-def commit_folder(
-    folder: Path, options: PublishArguments, repo_type: str, message: str, is_ours: Callable[[str], bool]
-) -> CommitInfo:
-    """
-    Commit `folder` to a repository of [`make_repo`]: all of it at once, or nothing.
-
-    After a broken connection the same call again uploads only what is missing, and where all is there it makes no
-    commit.
-
-    Args:
-        folder (`Path`): what is to be there.
-        options (`PublishArguments`): where to.
-        repo_type (`str`): `"model"` or `"dataset"`.
-        message (`str`): title of the commit, where the options have none.
-        is_ours (`Callable`): whether a file of this name comes from an earlier push. It disappears in the same commit
-            if `folder` has none such; all others stay.
-
-    Returns:
-        `huggingface_hub.CommitInfo`: the commit, or the last one where nothing has changed.
-
-    Raises:
-        UserError: if the Hub refuses or cannot be reached.
-    """
-    api = HfApi()
-    where = {"repo_id": options.repo_id, "repo_type": repo_type, "revision": options.revision}
-    with hub_errors(options.repo_id):
-        there = api.repo_info(**where)
-        # Not `upload_folder`, which may spread a folder over several commits.
-        return api.create_commit(
-            **where,
-            operations=_operations(folder, [file.rfilename for file in there.siblings], is_ours),
-            commit_message=options.commit_message or message,
-            create_pr=options.create_pr,
-            parent_commit=there.sha,
-        )
-
-
-def _operations(
-    folder: Path, there: list[str], is_ours: Callable[[str], bool]
-) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Add every file of `folder`, and delete those of an earlier push among the files that are `there`."""
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    old = [name for name in there if is_ours(name) and name not in paths]
-    return [
-        *(CommitOperationAdd(name, path) for name, path in paths.items()),
-        *(CommitOperationDelete(name) for name in old),
-    ]
+def files_in(folder: Path) -> dict[str, Path]:
+    """Every file below `folder`, by its path there."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @contextmanager
@@ -181,30 +212,4 @@ def hub_errors(repo_id: str, option: str = "--repo-id") -> Iterator[None]:
         raise UserError(f"{option} {repo_id}: the Hub refuses the card: {reason} Check --license.") from error
 
 
-def address_of(options: PublishArguments, commit: CommitInfo, prefix: str = "") -> tuple[str, str | None]:
-    """
-    Where to look at what has been published, and the revision to load; None for the branch main.
-
-    Args:
-        options (`PublishArguments`): where to.
-        commit (`huggingface_hub.CommitInfo`): of [`commit_folder`].
-        prefix (`str`, *optional*): what stands before the repository's name, `"datasets/"` for sets.
-    """
-    if commit.pr_url is not None:
-        return commit.pr_url, commit.pr_revision
-    address = f"{HfApi().endpoint}/{prefix}{options.repo_id}"
-    if options.revision is None:
-        return address, None
-    return f"{address}/tree/{quote(options.revision, safe='')}", options.revision
-
-
-__all__ = [
-    "PublishArguments",
-    "address_of",
-    "check_license",
-    "check_login",
-    "check_repo_id",
-    "commit_folder",
-    "hub_errors",
-    "make_repo",
-]
+__all__ = ["HubRepo", "PublishArguments", "check_license", "check_login", "check_repo_id", "files_in", "hub_errors"]

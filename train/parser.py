@@ -168,6 +168,11 @@ class CommandParser(HfArgumentParser):
             flag = word.split("=")[0]
             if word == "--":
                 return
+            if re.fullmatch(r"--(\w+[-_])?token", flag) and flag in self._option_string_actions:
+                self.error(
+                    f"`{flag}`: whoever lists this machine's processes reads a token there; make a new one and log in "
+                    "by `hf auth login` or set HF_TOKEN"
+                )
             if re.fullmatch(r"--\S+", flag) and flag not in self._option_string_actions:
                 flags = [known for known in self._option_string_actions if "_" not in known]
                 self.error(f"there is no option `{flag}`.{_did_you_mean(flag.replace('_', '-'), flags)}")

@@ -8,8 +8,11 @@ from typing import Any
 
 import datasets
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from sigphi.train.arguments import DataArguments, PairsArguments
+from sigphi.train.checkpoints import looks_like_path, pinned_revision
 from sigphi.train.data import data_facts
 from sigphi.train.image_texts import pairs_facts
 
@@ -33,8 +36,9 @@ def write_training_data(
     folder: Path,
     train: datasets.Dataset,
     arguments: DataArguments,
-    encoder: Path | None = None,
-    vlm_checkpoint: Path | None = None,
+    encoder: str | None = None,
+    vlm_checkpoint: str | None = None,
+    made_from: dict[str, tuple[str | None, str | None]] | None = None,
 ) -> None:
     """
     Record what a model was trained on, so that an evaluation can leave it out.
@@ -43,19 +47,38 @@ def write_training_data(
         folder (`Path`): the model's.
         train (`datasets.Dataset`): the training split, of [`load_data`] or of [`hold_out`].
         arguments (`DataArguments`): its source and how it was split.
-        encoder (`Path`, *optional*): folder of the encoder that the model was built on; what that has seen counts too.
-        vlm_checkpoint (`Path`, *optional*): the same of the VLM that the training started from.
+        encoder (`str`, *optional*): the encoder that the model was built on; what that has seen counts too.
+        vlm_checkpoint (`str`, *optional*): the same of the VLM that the training started from.
+        made_from (`dict[str, tuple[str, str]]`, *optional*): the models that this one was made from and their
+            revisions, by the option that named each; of those on the Hub the commits are recorded.
     """
     if isinstance(arguments, PairsArguments) and arguments.dataset is not None:
         names = ("dataset", "dataset_config", "dataset_split")
         facts = pairs_facts(train) | {name: getattr(arguments, name) for name in names}
+        facts["dataset"] = durable_name(arguments.dataset)
     else:
-        facts = data_facts(train) | {"images": arguments.images}
+        facts = data_facts(train) | {"images": durable_name(arguments.images)}
     facts |= {"eval_fraction": arguments.eval_fraction, "split_seed": arguments.split_seed}
-    for name, earlier in (("encoder", encoder), ("vlm_checkpoint", vlm_checkpoint)):
-        if earlier is not None and (earlier / TRAINING_DATA).exists():
-            facts[name] = json.loads((earlier / TRAINING_DATA).read_text(encoding="utf-8"))
+    for kind, earlier in (("encoder", encoder), ("vlm_checkpoint", vlm_checkpoint)):
+        if earlier is not None and training_record(earlier):
+            facts[kind] = training_record(earlier)
+    for option, (name, revision) in (made_from or {}).items():
+        if name is not None:
+            facts |= {option: durable_name(name), f"{option}_revision": pinned_revision(name, revision)}
     write_json(folder / TRAINING_DATA, facts | {"environment": environment()})
+
+
+def training_record(model: str) -> dict[str, Any]:
+    """What a model's folder or repository records of its training, see [`write_training_data`]; else nothing."""
+    path = Path(model, TRAINING_DATA)
+    if not path.exists():
+        if looks_like_path(model):
+            return {}
+        try:
+            path = Path(hf_hub_download(model, TRAINING_DATA))
+        except EntryNotFoundError:  # also where there is no network, and no copy in the cache
+            return {}
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def environment() -> dict[str, str]:
@@ -77,6 +100,7 @@ __all__ = [
     "TRAINING_DATA",
     "durable_name",
     "environment",
+    "training_record",
     "write_json",
     "write_training_data",
 ]

@@ -27,7 +27,7 @@ from sigphi.train.arguments import (
     SiglipTrainingArguments,
     check_evaluation,
 )
-from sigphi.train.checkpoints import read_config
+from sigphi.train.checkpoints import pinned_revision, read_config
 from sigphi.train.collators import SiglipCollator
 from sigphi.train.data import distinct_images
 from sigphi.train.encoder_data import EncoderData, load_encoder_data
@@ -38,6 +38,7 @@ from sigphi.train.evaluation import evaluate_folder, evaluate_pairs_folder, resu
 from sigphi.train.metrics import top1_accuracy
 from sigphi.train.pairs import text_key
 from sigphi.train.parser import parse_arguments
+from sigphi.train.push import SourceArguments, check_sources, push_run
 from sigphi.train.records import durable_name, write_training_data
 from sigphi.train.replay_file import recorded_options
 from sigphi.train.report import write_loss_curve
@@ -127,7 +128,7 @@ def encoder_config(arguments: SiglipModelArguments) -> SiglipResNetConfig:
         text_pooling=arguments.text_pooling,
         text_layer=arguments.text_layer,
         text_model_name_or_path=durable_name(arguments.text_model),
-        text_model_revision=arguments.text_model_revision,
+        text_model_revision=pinned_revision(arguments.text_model, arguments.text_model_revision),
         include_text_tower=False,
     )
 
@@ -318,6 +319,8 @@ def main(argv: list[str] | None = None) -> None:
     check_evaluation(data_arguments, arguments)
     check_output_dir(arguments)
     config, processor = encoder_config(model_arguments), encoder_processor(model_arguments)
+    if arguments.push_to_hub and not _saves_text_tower(model_arguments, config):
+        check_sources(config, SourceArguments(), "--push-to-hub")
     data = load_encoder_data(data_arguments, processor.image_processor)
     # The other processes wait, and then read the file that the first one has written.
     with arguments.main_process_first(desc="features of the texts"):
@@ -345,22 +348,34 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     if arguments.should_save:
         complete_encoder(model, model_arguments, config)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # what is pushed is the whole folder, when it is complete
     if not trainer.is_world_process_zero():
         return
     folder = Path(arguments.output_dir)
-    write_training_data(folder, data.source["train"], data_arguments)
+    write_training_data(folder, data.source["train"], data_arguments, made_from=_models(model_arguments))
     write_loss_curve(trainer.state.log_history, folder)
     if eval_rows is not None:
         del model, trainer  # the artifact is loaded anew, beside nothing
         sys.stdout.write(results_table(_evaluate(str(folder), data.source, data_arguments)))
+    if arguments.push_to_hub:
+        sys.stdout.write(push_run(folder, arguments))
+
+
+def _models(arguments: SiglipModelArguments) -> dict[str, tuple[str | None, str | None]]:
+    """What the encoder was made from, for its record."""
+    if arguments.siglip_checkpoint is not None:
+        return {"siglip_checkpoint": (arguments.siglip_checkpoint, None)}
+    text_model = (arguments.text_model, arguments.text_model_revision)
+    return {"text_model": text_model, "vision_model": (arguments.vision_model, None)}
 
 
 def _evaluate(folder: str, source: datasets.DatasetDict, arguments: EncoderDataArguments) -> dict[str, Any]:
     if arguments.dataset is not None:
-        return evaluate_pairs_folder(folder, source["eval"], {"dataset": arguments.dataset})
+        return evaluate_pairs_folder(folder, source["eval"], {"dataset": durable_name(arguments.dataset)})
     probe = sample_images(distinct_images(source["train"])[0], EncoderEvaluationArguments.probe_size)
-    return evaluate_folder(folder, source["eval"], {"probe": f"{arguments.images}, those of training"}, probe=probe)
+    images = durable_name(arguments.images)
+    notes = {"probe": f"{images}, those of training", "image_source": images}
+    return evaluate_folder(folder, source["eval"], notes, probe=probe)
 
 
 __all__ = ["RECIPES", "build_encoder", "complete_encoder", "encoder_config", "encoder_processor", "main"]

@@ -1,6 +1,8 @@
 """The Trainers of the two stages."""
 
 import contextlib
+import copy
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy
 
 from sigphi.hub_card.cards import write_card
 from sigphi.modeling.modeling_siglip_resnet import keep_batch_norm_statistics
@@ -23,11 +25,16 @@ from sigphi.train.arguments import SiglipTrainingArguments, check_launch
 from sigphi.train.augmentation import cut_out, jitter_color, shift_and_flip, uniform_draws
 from sigphi.train.averaging import WeightAverage
 from sigphi.train.collators import normalize
+from sigphi.train.errors import UserError
 from sigphi.train.gradient_check import GradientCheck
+from sigphi.train.hub import hub_errors
 from sigphi.train.losses import global_sigmoid_loss
 from sigphi.train.muon import Muon
 from sigphi.train.packing import PackedBatches, question_sizes
+from sigphi.train.push import push_run
 from sigphi.train.resumable import ResumableTrainer
+
+logger = logging.getLogger(__name__)
 
 
 class _ArtifactTrainer(ResumableTrainer):
@@ -41,6 +48,9 @@ class _ArtifactTrainer(ResumableTrainer):
 
     def __init__(self, *, extra_evaluation: Callable[[Any], dict[str, float]] | None = None, **kwargs: Any) -> None:
         check_launch(kwargs["args"])
+        check_hub_options(kwargs["args"])
+        self.hub_model_id: str | None = None
+        self.push_in_progress: Any = None
         super().__init__(**kwargs)
         self.extra_evaluation = extra_evaluation
 
@@ -102,6 +112,61 @@ class _ArtifactTrainer(ResumableTrainer):
         """The card is rendered from the folder's recorded facts, also before the Trainer pushes."""
         if self.is_world_process_zero():
             write_card(Path(self.args.output_dir))
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As the Trainer's; what the Hub refuses is a [`UserError`]."""
+        with hub_errors(self.args.hub_model_id or Path(self.args.output_dir).name, "--hub-model-id"):
+            super().init_hf_repo(token, private)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Save, and publish the output folder as `sigphi push` does: one commit, no pickle, no path of this machine.
+
+        It returns when all is there, whatever `blocking` says.
+
+        Args:
+            commit_message, token, revision, private: instead of what the training's options say.
+            kwargs: further ones of the Trainer's method; the card has its facts from the folder.
+
+        Raises:
+            UserError: see [`push_run`].
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        given = {"hub_token": token, "hub_revision": revision, "hub_private_repo": private}
+        arguments = copy.copy(self.args)
+        for name, value in given.items():
+            if value is not None:
+                setattr(arguments, name, value)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if self.push_in_progress is not None:
+            self._finish_current_push()
+        folder = Path(self.args.output_dir)
+        return push_run(folder, arguments, self.hub_model_id, commit_message or "End of training")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """
+        Publish the model of a checkpoint, without its state for resuming, where `--hub-strategy` says so.
+
+        Training goes on when the Hub does not answer: the next push, or the last one, brings what is missing.
+        """
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        try:
+            push_run(Path(checkpoint_folder), self.args, self.hub_model_id, message)
+        except UserError as error:
+            logger.warning("not pushed at step %d: %s", self.state.global_step, error)
 
 
 def keep_embeddings_in_32_bits(model: nn.Module) -> None:
@@ -439,6 +504,15 @@ class VlmTrainer(_ArtifactTrainer):
     def _load_best_model(self) -> None:
         """As the Trainer's, for the adapter form too."""
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def check_hub_options(arguments: TrainingArguments) -> None:
+    """Raise a [`UserError`] if a training would publish its state for resuming."""
+    if arguments.push_to_hub and arguments.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise UserError(
+            f"--hub-strategy {arguments.hub_strategy.value} would publish the state of the optimizer, a pickle; use "
+            "every_save or end."
+        )
 
 
 def _check_answers(dataset: Any, name: str) -> None:

@@ -41,8 +41,9 @@ from sigphi.train.packing import PackingCollator, choose_packing, packed_row_len
 from sigphi.train.parser import parse_arguments
 from sigphi.train.precision import weights_dtype
 from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
+from sigphi.train.push import SourceArguments, check_sources, push_run
 from sigphi.train.qlora import build_vlm, load_language_model
-from sigphi.train.records import write_training_data
+from sigphi.train.records import durable_name, write_training_data
 from sigphi.train.replay_file import recorded_options
 from sigphi.train.report import write_loss_curve
 from sigphi.train.resumable import check_output_dir
@@ -293,6 +294,8 @@ def main(argv: list[str] | None = None) -> None:
         model_arguments.attn_implementation, language_config, tokens_per_row is not None, arguments.fp16
     )
     model = build_model(model_arguments, arguments, processor, attention)
+    if arguments.push_to_hub:
+        check_sources(model.config, SourceArguments(), "--push-to-hub")
     # The other processes wait, and then read the file that the first one has written.
     with arguments.main_process_first(desc="features of the images"):
         collator = collator_for(model, processor, pixels, model_arguments, tokens_per_row)
@@ -316,11 +319,15 @@ def main(argv: list[str] | None = None) -> None:
         looks = LooksAtImageCallback(trainer, processor, watched, data_arguments.split_seed)
         trainer.add_callback(looks)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # what is pushed is the whole folder, when it is complete
     if trainer.is_world_process_zero():
         folder = Path(arguments.output_dir)
+        made_from = {"language_model": (model_arguments.language_model, model_arguments.language_model_revision)}
+        if model_arguments.vlm_checkpoint is None:
+            made_from["siglip_checkpoint"] = (model_arguments.siglip_checkpoint, None)
         kind = "encoder" if model_arguments.vlm_checkpoint is None else "vlm_checkpoint"
-        write_training_data(folder, data["train"], data_arguments, **{kind: Path(model_arguments.starts_from)})
+        earlier = {kind: model_arguments.starts_from}
+        write_training_data(folder, data["train"], data_arguments, made_from=made_from, **earlier)
         write_loss_curve(trainer.state.log_history, folder)
         # The other processes end well: one that fails takes this one with it before it has said why.
         if looks is not None and looks.is_blind and arguments.stop_if_blind:
@@ -330,7 +337,10 @@ def main(argv: list[str] | None = None) -> None:
             )
         if "eval" in data:
             del model, trainer  # the artifact is loaded anew, beside nothing
-            sys.stdout.write(results_table(evaluate_folder(str(folder), data["eval"])))
+            notes = {"image_source": durable_name(data_arguments.images)}
+            sys.stdout.write(results_table(evaluate_folder(str(folder), data["eval"], notes)))
+        if arguments.push_to_hub:
+            sys.stdout.write(push_run(folder, arguments))
 
 
 __all__ = ["build_model", "check_models", "main"]
