@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/loss_memory.py
 
 A row that the file has is measured again only with `--again`. Each row is a process of its own. Memory is the peak of
-resident memory above what the process had with its embeddings made. Three ways are compared: ours (gradients made chunk
-by chunk in the forward pass), the same chunks through `torch.utils.checkpoint` (logits made again in the backward pass),
-and all logits at once.
+resident memory above what the process had with its embeddings made. Three ways are compared: ours (gradients made
+chunk by chunk in the forward pass), the same chunks through `torch.utils.checkpoint` (logits made again in the
+backward pass), and all logits at once.
 """
 
 import argparse
