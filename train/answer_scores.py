@@ -1,7 +1,7 @@
 """How good a VLM's answers are: accuracy, invented objects, refusals, and the facts of descriptions."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import datasets
@@ -95,7 +95,7 @@ def judged_rows(dataset: datasets.Dataset) -> list[JudgedRow]:
     return rows
 
 
-def answer_scores(rows: Sequence[JudgedRow], answers: dict[str, Sequence[str]]) -> dict[str, float]:
+def answer_scores(rows: Sequence[JudgedRow], answers: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """
     Every figure of [`evaluate_vlm`] that follows from answers.
 

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def write_training_data(
     arguments: DataArguments,
     encoder: str | None = None,
     vlm_checkpoint: str | None = None,
-    made_from: dict[str, tuple[str | None, str | None]] | None = None,
+    made_from: Mapping[str, tuple[str | None, str | None]] | None = None,
 ) -> None:
     """
     Record what a model was trained on, so that an evaluation can leave it out.
