@@ -485,6 +485,9 @@ def test_agreement_counts_what_can_be_judged() -> None:
         # Right are the kitten and the boat; cat or dog is no answer, and a ship is no truck.
         "object": {"answers": 4, "agreement": 0.5, "majority": 0.5},
     }
+    spelled = TABLE.copy()
+    spelled.loc[[0, 3, 7], "short_answer"] = ["Kitten", "cat", "CAT"]  # beside one ship
+    assert agreement(spelled, ANSWERS)["object"]["majority"] == 0.75
     table = agreement_table({"agreement": found}).splitlines()
     assert table[0].split() == ["question", "type", "answers", "agreement", "majority"]
     assert table[1].split() == ["(no", "type)", "1", "1.000", "1.000"]

@@ -42,7 +42,7 @@ from sigphi.train.batch_log import BatchLog, discard, finished_batches, write_du
 from sigphi.train.errors import UserError, run_command
 from sigphi.train.facts import CLASS_NAMES, batch_facts
 from sigphi.train.images import decode_images, load_images
-from sigphi.train.judging import asks_for_object, is_correct
+from sigphi.train.judging import asks_for_object, is_correct, plain_value
 from sigphi.train.metrics import majority_share
 from sigphi.train.parser import parse_arguments
 from sigphi.train.qa_csv import PAIRS, read_questions, with_checked_indices
@@ -409,7 +409,7 @@ def agreement(questions: pd.DataFrame, answers: Sequence[Answer]) -> dict[str, d
         kind: {
             "answers": len(pairs),
             "agreement": sum(right for _, right in pairs) / len(pairs),
-            "majority": majority_share([truth for truth, _ in pairs]),
+            "majority": majority_share([plain_value(truth, kind) for truth, _ in pairs]),
         }
         for kind, pairs in sorted(judged.items())
     }
