@@ -59,10 +59,9 @@ _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 
 
 def is_published(name: str) -> bool:
-    """Whether a push may have brought the file of this name in a repository, besides the card."""
-    in_top_folder = "/" not in name and name.endswith(".py")
+    """Whether a file of this name in a repository is one that a push brings, besides card and code."""
     # fnmatch lets a star stand for slashes too.
-    return name == RECORD or in_top_folder or any(_matches(name, pattern) for pattern in PUBLISHED)
+    return name == RECORD or any(_matches(name, pattern) for pattern in PUBLISHED)
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 from conftest import TOY_IMAGES
 from hub_stub import HubStub
 
-from sigphi.train import siglip
+from sigphi.train import siglip, vlm
 from sigphi.train.errors import UserError
 
 TOKEN = "hf_" + "writerOfTrainings" * 2
@@ -111,6 +111,13 @@ def test_a_tower_that_nobody_has_is_noticed_before_the_training(toy_csv, toy_bas
     words = ["--input-csv", str(toy_csv), *COMMON, "--text-model", str(toy_base), *TINY]
     with pytest.raises(UserError, match="--push-to-hub: its text tower is the folder"):
         siglip.main([*words, "--output-dir", str(tmp_path), "--push-to-hub"])
+
+
+def test_a_language_model_that_nobody_has_is_noticed_before_the_training(toy_csv, toy_base, tiny_encoder, tmp_path):
+    tiny_encoder.save_pretrained(tmp_path / "eye")
+    words = ["--input-csv", str(toy_csv), *COMMON, "--language-model", str(toy_base), "--push-to-hub", "--bits", "16"]
+    with pytest.raises(UserError, match="--push-to-hub: its language model is the folder"):
+        vlm.main([*words, "--siglip-checkpoint", str(tmp_path / "eye"), "--output-dir", str(tmp_path / "vlm")])
 
 
 def test_models_in_python_are_not_pushed_with_a_path(tiny_lora_vlm, tiny_encoder, tmp_path):

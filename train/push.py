@@ -94,17 +94,32 @@ def check_sources(config: PreTrainedConfig, sources: SourceArguments, place: str
             raise UserError(f"{option} {name} has no use: {place} {reason}. Leave it out.")
         if name is not None and is_local(name):
             raise UserError(f"{option} {name} is a local folder; give the id of a repository on the Hub.")
-    if has_base and sources.base_language_model is None and is_local(config.base_language_model):
-        raise UserError(
-            f"{place}: its language model is the folder {config.base_language_model}, which nobody else has.\n"
-            f"Publish that (`hf upload OWNER/NAME {config.base_language_model}`) and add --base-language-model "
-            "OWNER/NAME, or push a form that holds it (`sigphi merge`)."
-        )
+    if has_base and sources.base_language_model is None:
+        check_base(config.base_language_model, place)
     tower = config.text_model_name_or_path if has_tower_elsewhere else None
     if tower is not None and sources.text_model is None and is_local(tower):
         raise UserError(
             f"{place}: its text tower is the folder {tower}, which nobody else has.\nPublish that (`hf upload "
             f"OWNER/NAME {tower}`) and add --text-model OWNER/NAME, or train with --save-text-tower."
+        )
+
+
+def check_base(name: str, place: str) -> None:
+    """
+    Check that the language model of an adapter form is on the Hub.
+
+    Args:
+        name (`str`): a Hub id, or a folder's absolute path.
+        place (`str`): the model's folder or the option, for the message.
+
+    Raises:
+        UserError: if it is a folder.
+    """
+    if is_local(name):
+        raise UserError(
+            f"{place}: its language model is the folder {name}, which nobody else has.\nPublish that (`hf upload "
+            f"OWNER/NAME {name}`) and add --base-language-model OWNER/NAME, or push a form that holds it "
+            "(`sigphi merge`)."
         )
 
 
@@ -242,8 +257,9 @@ def publish(folder: Path, repo: HubRepo, license: str = "apache-2.0", message: s
     is_up_to_date = pin is not None and (folder / CARD).read_text(encoding="utf-8") == shown
     if not is_up_to_date:
         write_card(folder, name, None, license)
+    before = json.loads(repo.text_at(head, RECORD) or '{"sha256": {}}')["sha256"]
     there = [file.rfilename for file in head.siblings]
-    old = [file for file in there if is_published(file) and file not in paths]
+    old = [file for file in there if (file in before or is_published(file)) and file not in paths]
     commit = repo.commit(paths, old, message, head.sha)
     if commit.oid == head.sha and is_up_to_date:
         assert pin is not None
@@ -321,6 +337,7 @@ __all__ = [
     "RECORD",
     "PushArguments",
     "SourceArguments",
+    "check_base",
     "check_sources",
     "loading_line",
     "main",

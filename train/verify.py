@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedConfig
 from transformers.hf_argparser import HfArg
 
@@ -25,7 +26,6 @@ from sigphi.train.checkpoints import looks_like_path, read_config
 from sigphi.train.encoder_options import EncoderEvaluationArguments
 from sigphi.train.errors import UserError, printable
 from sigphi.train.evaluation import EvaluateArguments, evaluate_as_asked
-from sigphi.train.hub import hub_errors
 from sigphi.train.parser import parse_arguments
 from sigphi.train.push import LOADERS, loading_line
 from sigphi.train.records import EVAL_RESULTS
@@ -85,8 +85,14 @@ def local_copy(name: str, revision: str | None) -> Path:
         if not Path(name).is_dir():
             raise UserError(f"MODEL {name}: there is no such folder; give a folder or the id of a repository.")
         return Path(name)
-    with hub_errors(name, "MODEL"):
+    try:
         return Path(snapshot_download(name, revision=revision))
+    except (OSError, HFValidationError) as error:  # those of huggingface_hub are OSErrors
+        at = "" if revision is None else f" at {revision}"
+        raise UserError(
+            f"MODEL {name}{at}: cannot be read from the Hub ({type(error).__name__}). Check the name, and that the "
+            "Hub can be reached."
+        ) from error
 
 
 def read_record(folder: Path, record: str | None) -> dict[str, str]:

@@ -41,7 +41,7 @@ from sigphi.train.packing import PackingCollator, choose_packing, packed_row_len
 from sigphi.train.parser import parse_arguments
 from sigphi.train.precision import weights_dtype
 from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
-from sigphi.train.push import SourceArguments, check_sources, push_run
+from sigphi.train.push import check_base, push_run
 from sigphi.train.qlora import build_vlm, load_language_model
 from sigphi.train.records import durable_name, write_training_data
 from sigphi.train.replay_file import recorded_options
@@ -275,6 +275,8 @@ def main(argv: list[str] | None = None) -> None:
     model_arguments = settle(model_arguments)
     check_output_dir(arguments)
     language_config = check_models(model_arguments)
+    if arguments.push_to_hub and model_arguments.tuning == "lora":
+        check_base(durable_name(model_arguments.language_model), "--push-to-hub")
     set_seed(arguments.seed)
     data = load_data(data_arguments)
     if "eval" in data:
@@ -294,8 +296,6 @@ def main(argv: list[str] | None = None) -> None:
         model_arguments.attn_implementation, language_config, tokens_per_row is not None, arguments.fp16
     )
     model = build_model(model_arguments, arguments, processor, attention)
-    if arguments.push_to_hub:
-        check_sources(model.config, SourceArguments(), "--push-to-hub")
     # The other processes wait, and then read the file that the first one has written.
     with arguments.main_process_first(desc="features of the images"):
         collator = collator_for(model, processor, pixels, model_arguments, tokens_per_row)
