@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import run_processes
 from toy_runs import STAGES, end_of, make_toy, train_toy, unequal, write_parts
 from transformers import TrainerCallback
 
@@ -295,3 +296,46 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(stage, number, step, ends_b
     assert f"stopped at step {step} of 10, saved in {tmp_path}/checkpoint-{step}; go on with" in capfd.readouterr().err
     train_toy(stage, parts, tmp_path, resume="newest")
     assert unequal(end_of(whole[stage]), end_of(tmp_path)) == []
+
+
+# Several processes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["vlm", pytest.param("encoder", marks=pytest.mark.slow)])
+def test_two_processes_resume_within_the_second_epoch_bit_for_bit(stage, parts, tmp_path):
+    options = {"per_device_train_batch_size": 8, "save_total_limit": None}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run_processes(in_two, 2, tmp_path, stage, parts, whole, None, options)
+    names = {path.name for path in (whole / "checkpoint-6").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", RECORD} <= names
+    resumed.mkdir()
+    shutil.copytree(whole / "checkpoint-6", resumed / "checkpoint-6")
+    run_processes(in_two, 2, tmp_path, stage, parts, resumed, "newest", options)
+    assert unequal(end_of(whole), end_of(resumed)) == []
+    # A mistake is told by all processes, none of which waits for another one.
+    answers = run_processes(in_two, 2, tmp_path, stage, parts, resumed, None, options)
+    assert all("holds checkpoint-10 of an earlier run" in answer for answer in answers)
+
+
+def in_two(stage: str, parts: Path, folder: Path, resume: str | None, options: dict[str, Any]) -> str:
+    try:
+        train_toy(stage, parts, folder, resume, **options)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(parts, tmp_path):
+    answers = run_processes(stopped_in_two, 2, tmp_path, parts, tmp_path / "run")
+    assert answers == [3, 3]
+    assert checkpoints(tmp_path / "run")[-1].name == "checkpoint-3"
+    assert fault_of(tmp_path / "run" / "checkpoint-3") is None
+
+
+def stopped_in_two(parts: Path, folder: Path) -> int:
+    trainer = make_toy("vlm", parts, folder, per_device_train_batch_size=8)
+    if trainer.args.process_index == 1:
+        trainer.add_callback(SendSignal(signal.SIGTERM, 3))
+    with pytest.raises(SystemExit):
+        trainer.train()
+    return trainer.state.global_step

@@ -103,8 +103,8 @@ def end_of(folder: Path, step: int = 10) -> dict[str, Any]:
     tensors: dict[str, Any] = {
         f"{path.relative_to(folder)}:{name}": tensor for path in paths for name, tensor in load_file(path).items()
     }
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        tensors |= flat(torch.load(checkpoint / name, weights_only=False), name)
+    for path in (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")):
+        tensors |= flat(torch.load(path, weights_only=False), path.name)
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     tensors |= {"global_step": state["global_step"], "epoch": state["epoch"]}
     for entry in state["log_history"]:
