@@ -169,7 +169,10 @@ def check_parts(model: SigPhiForConditionalGeneration, language_model: PreTraine
 
 def _add_lora(model: SigPhiForConditionalGeneration, arguments: VlmModelArguments) -> None:
     model.config.base_language_model = durable_name(arguments.language_model)
-    revision = pinned_revision(arguments.language_model, arguments.language_model_revision)
+    revision = arguments.language_model_revision
+    # A plan is of a model on the meta device, which is saved nowhere and has nothing to ask the Hub.
+    if not model.get_input_embeddings().weight.is_meta:
+        revision = pinned_revision(arguments.language_model, revision)
     model.config.base_language_model_revision = revision
     model.config.base_bits = arguments.bits
     targets = linear_names(model.model.language_model)
