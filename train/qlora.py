@@ -12,7 +12,6 @@ from sigphi.configuration.configuration_sigphi import SigPhiConfig
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetVisionModel
 from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration, base_quantization
 from sigphi.train.arguments import VlmModelArguments
-from sigphi.train.checkpoints import pinned_revision
 from sigphi.train.errors import UserError
 from sigphi.train.records import durable_name
 
@@ -169,11 +168,7 @@ def check_parts(model: SigPhiForConditionalGeneration, language_model: PreTraine
 
 def _add_lora(model: SigPhiForConditionalGeneration, arguments: VlmModelArguments) -> None:
     model.config.base_language_model = durable_name(arguments.language_model)
-    revision = arguments.language_model_revision
-    # A plan is of a model on the meta device, which is saved nowhere and has nothing to ask the Hub.
-    if not model.get_input_embeddings().weight.is_meta:
-        revision = pinned_revision(arguments.language_model, revision)
-    model.config.base_language_model_revision = revision
+    model.config.base_language_model_revision = arguments.language_model_revision
     model.config.base_bits = arguments.bits
     targets = linear_names(model.model.language_model)
     model.add_lora(

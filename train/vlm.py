@@ -29,7 +29,7 @@ from sigphi.train.arguments import (
 )
 from sigphi.train.attention import choose_attn_implementation
 from sigphi.train.callbacks import LooksAtImageCallback, watched_rows
-from sigphi.train.checkpoints import read_config
+from sigphi.train.checkpoints import pinned_revision, read_config
 from sigphi.train.collators import VlmCollator
 from sigphi.train.data import distinct_images, load_data
 from sigphi.train.errors import UserError, run_command
@@ -106,9 +106,25 @@ def build_model(
     processor: SigPhiProcessor,
     attn_implementation: str,
 ) -> SigPhiForConditionalGeneration:
-    """The VLM that the options describe, in the precision of training."""
+    """The VLM that the options describe, in the precision of training; a base on the Hub is pinned to its commit."""
     if model_arguments.vlm_checkpoint is not None:
-        return load_checkpoint(model_arguments, weights_dtype(arguments), attn_implementation, arguments.device)
+        dtype = weights_dtype(arguments)
+        model = load_checkpoint(model_arguments, dtype, attn_implementation, arguments.device)
+    else:
+        model = _new_model(model_arguments, arguments, processor, attn_implementation)
+    base = model.config.base_language_model
+    if base is not None:
+        revision = model.config.base_language_model_revision
+        model.config.base_language_model_revision = pinned_revision(base, revision)
+    return model
+
+
+def _new_model(
+    model_arguments: VlmModelArguments,
+    arguments: VlmTrainingArguments,
+    processor: SigPhiProcessor,
+    attn_implementation: str,
+) -> SigPhiForConditionalGeneration:
     # In float16 a trained ResNet may overflow, and it is small.
     tower_dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     encoder = SiglipResNetModel.from_pretrained(model_arguments.siglip_checkpoint, dtype=tower_dtype)
