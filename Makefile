@@ -30,8 +30,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 quickstart: install  ## Run the whole pipeline with tiny models: CPU, no network, minutes.
 	$(BIN)/sigphi quickstart --output-dir runs/quickstart
 
-test: install  ## Run the tests that take seconds.
-	$(PYTEST)
+test: install  ## Run the tests that take seconds, in two processes.
+	$(PYTEST) -n 2 --dist loadfile
 
 test-all: install  ## Run the slow tests too.
 	$(PYTEST) -m 'not gpu'
