@@ -122,7 +122,7 @@ def evaluate_vlm(
     given = {name: answers[number * num_rows :][:num_rows] for number, name in enumerate(names)}
     loss = supervised_loss(model, processor, features, image_indices[""], dataset, batch_size)
     model.train(was_training)
-    texts = {name: [one.text for one in part] for name, part in given.items()}
+    texts: dict[str, Sequence[str]] = {name: [one.text for one in part] for name, part in given.items()}
     results = answer_scores(rows, texts)
     finding = sees_nothing(rows, texts[""], texts[SHUFFLED]) if SHUFFLED in texts else ""
     if finding:
