@@ -15,9 +15,9 @@ from processes import run_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
+    FalconConfig,
     GemmaConfig,
     GPT2Config,
-    GPTJConfig,
     JambaConfig,
     LlamaConfig,
     MistralConfig,
@@ -407,7 +407,7 @@ def options(packing: str = "auto", tokens_per_batch: int = 0, attention: str = "
 @pytest.mark.parametrize(
     ("config", "attention", "reason"),
     [
-        (GPTJConfig(), "auto", "kind 'gptj' cannot keep the questions of a row apart"),
+        (FalconConfig(), "auto", "kind 'falcon' cannot keep the questions of a row apart"),
         (JambaConfig(), "auto", "kind 'jamba' cannot keep the questions of a row apart"),
         (MistralConfig(sliding_window=8), "auto", "9 tokens, more than the language model's sliding window of 8"),
         (PhiConfig(), "flash_attention_2", "FlashAttention-2 has no mask for shared images"),
@@ -597,12 +597,12 @@ def test_the_evaluation_loss_is_the_same_however_rows_are_packed(make_lora_vlm, 
 def test_resuming_goes_on_with_the_batches_that_were_left(make_lora_vlm, features, tmp_path):
     rows = make_rows(12)
     seen: list[list[list[int]]] = []
-    for checkpoint in (None, str(tmp_path / "checkpoint-3")):
+    for folder, checkpoint in ((tmp_path, None), (tmp_path / "resumed", str(tmp_path / "checkpoint-3"))):
         trainer = make_trainer(
             make_lora_vlm(num_image_tokens=TOKENS),
             Recorded(packer(features)),
             rows,
-            tmp_path,
+            folder,
             tokens_per_batch=64,
             num_train_epochs=2,
             save_strategy="steps",

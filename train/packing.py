@@ -126,15 +126,13 @@ def even_row_starts(sizes: QuestionSizes, tokens_per_row: int) -> list[int]:
 
 
 def packed_shape(sizes: QuestionSizes, tokens_per_row: int) -> tuple[int, int, int, int]:
-    """Rows, length of the longest, images, and tokens of a batch of questions, as [`PackingCollator`] lays them."""
-    images = 0
+    """Rows, length of the longest, distinct images, and tokens of a batch, as [`PackingCollator`] lays them."""
     lengths = []
     for start, end in pairwise(even_row_starts(sizes, tokens_per_row)):
         keys = sizes.keys[start:end]
         first = [True, *(a != b for a, b in pairwise(keys))]  # of the row, of an image
-        images += sum(first)
         lengths.append(int(sizes.owns[start:end].sum() + sizes.prefixes[start:end][first].sum()))
-    return len(lengths), max(lengths), images, sum(lengths)
+    return len(lengths), max(lengths), len(set(sizes.keys)), sum(lengths)
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
