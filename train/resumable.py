@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -10,11 +11,9 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -31,7 +30,7 @@ from sigphi.train.checkpoint_files import (
     write_errors,
 )
 from sigphi.train.errors import UserError
-from sigphi.train.nonfinite import NonFiniteError, Step, all_finite, examine
+from sigphi.train.nonfinite import Finding, NonFiniteError, Step, all_finite, examine
 from sigphi.train.random_state import RandomState, random_state, set_random_state
 from sigphi.train.replay_file import Replay, replay_path, weights_of, write_replay
 from sigphi.train.run_identity import describe_run, differences, same_content
@@ -62,7 +61,6 @@ class ResumableTrainer(Trainer):
         self.options = options
         self.stopping = StopOnSignal(self.accelerator)
         self.add_callback(self.stopping)
-        self.add_callback(SamplerEpoch())
         self.first_random: RandomState | None = None  # of a step that is replayed
         self._run: dict[str, Any] = {}
         self._is_saving = False
@@ -187,6 +185,8 @@ class ResumableTrainer(Trainer):
 
     def _non_finite(self, model: nn.Module, grad_norm: Any) -> NonFiniteError:
         """Keep the step, and say what it was."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return self._non_finite_in_shards(grad_norm)
         finding = examine(self, model, self._step, grad_norm)
         rows = self._rows_of_step()
         about = {
@@ -205,13 +205,24 @@ class ResumableTrainer(Trainer):
             f"{finding.what()}. Likely: {finding.cause}\nThe step is kept: sigphi replay {path}", finding
         )
 
+    def _non_finite_in_shards(self, grad_norm: Any) -> NonFiniteError:
+        """No process has whole weights to keep, and DeepSpeed has updated them already."""
+        losses = [loss.detach().cpu() for loss in self._step.losses]
+        norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm).detach().cpu()
+        finding = Finding(self.state.global_step + 1, losses, norm, "", False, "not examined")
+        return NonFiniteError(
+            f"{finding.what()}. The step is not kept, since under DeepSpeed and FSDP no process has whole weights.\n"
+            f"Try a lower --learning-rate; without --deepspeed and --fsdp the step is kept, and its cause looked for.",
+            finding,
+        )
+
     def _rows_of_step(self) -> list[list[int]] | None:
         """The rows of each batch of the step, which are drawn anew; `None` where that gives other batches."""
         if not isinstance(self.train_dataset, datasets.Dataset):
             return None
         epoch, update = divmod(self.state.global_step, self._updates_per_epoch)
-        loader = self.get_train_dataloader()
-        set_sampler_epoch(loader, epoch)
+        loader: Any = self.get_train_dataloader()
+        loader.set_epoch(epoch)
         first = update * self.args.gradient_accumulation_steps
         rows = list(islice(loader.batch_sampler, first, first + len(self._step.batches)))
         drawn = [self.data_collator([self.train_dataset[row] for row in part]) for part in rows]
@@ -332,29 +343,6 @@ def _reason_against(folder: Path, run: dict[str, Any]) -> str | None:
     return f"it is of another run ({'; '.join(refused)})" if refused else None
 
 
-# The order of the rows -----------------------------------------------------------------------------------------------
-
-
-class SamplerEpoch(TrainerCallback):
-    """Tells the sampler its epoch: where a checkpoint is in the middle of one, no wrapper passes it on."""
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Before the Trainer wraps the batches to skip some."""
-        set_sampler_epoch(kwargs["train_dataloader"], int(state.epoch or 0))
-
-
-def set_sampler_epoch(loader: DataLoader, epoch: int) -> None:
-    """Let the next batches be those of an epoch, however they are shared out."""
-    batches: Any = loader.batch_sampler
-    while isinstance(batches, BatchSamplerShard | SkipBatchSampler):
-        batches = batches.batch_sampler
-    sampler = batches.sampler if isinstance(batches, torch.utils.data.BatchSampler) else None
-    if isinstance(sampler, SeedableRandomSampler):
-        sampler.set_epoch(epoch)
-
-
 __all__ = [
     "ResumableTrainer",
     "check_checkpoint",
@@ -362,5 +350,4 @@ __all__ = [
     "check_output_dir",
     "first_process",
     "newest_checkpoint",
-    "set_sampler_epoch",
 ]
