@@ -40,6 +40,21 @@ def naive_calibration_error(confidences: list[float], correct: list[bool]) -> fl
     return sum(map(abs, gaps)) / len(confidences)
 
 
+def test_images_may_differ_in_size(tiny_encoder, tiny_encoder_processor, toy_dataset):
+    sizes = [(32, 32), (20, 50), (64, 48)]
+    mixed = toy_dataset.map(lambda row: {"image": row["image"].resize(sizes[row["dataset_index"] % 3])})
+    images, _ = distinct_images(mixed)
+    results = evaluate_encoder(tiny_encoder, tiny_encoder_processor, mixed, batch_size=7, probe=images.select([0]))
+    assert {image.size for image in images["img"]} == set(sizes)
+    with torch.no_grad():
+        inputs = [tiny_encoder_processor(images=image, return_tensors="pt") for image in images["img"]]
+        embeds = torch.cat([tiny_encoder(**one).image_embeds for one in inputs])
+    scores = embeds @ class_embeddings(tiny_encoder, tiny_encoder_processor).t()
+    right = scores.argmax(1) == torch.tensor(images["label"][:])
+    assert results["zero_shot_top1"] == pytest.approx(right.double().mean().item())
+    assert "knn_top1" not in results  # the one image to fit on is evaluated too
+
+
 def test_the_encoder_figures_equal_the_naive_ones(tiny_encoder, tiny_encoder_processor, toy_dataset):
     results = evaluate_encoder(tiny_encoder, tiny_encoder_processor, toy_dataset, batch_size=7)
     images, positions = distinct_images(toy_dataset)

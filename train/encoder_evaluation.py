@@ -17,7 +17,6 @@ from sigphi.train.collators import preprocess
 from sigphi.train.data import distinct_images
 from sigphi.train.facts import CLASS_NAMES
 from sigphi.train.image_texts import StoredImages
-from sigphi.train.images import decode_images
 from sigphi.train.metrics import (
     chance_recall_at_k,
     confusion_counts,
@@ -197,9 +196,10 @@ def _embed(
     model: SiglipResNetModel, processor: Any, images: datasets.Dataset, batch_size: int, what: str
 ) -> tuple[torch.Tensor, list[int]]:
     """Embeddings `(images, dim)`, see [`embed_images`], and a hash of each image's pixels; decoded batch by batch."""
+    pictures = StoredImages(images.select_columns(["img"]).rename_column("img", "image"), processor.image_processor)
     embeds, hashes = [], []
-    for start in tqdm(range(0, len(images), batch_size), desc=what, disable=None, leave=False):
-        pixels = decode_images(images, range(start, min(start + batch_size, len(images))))
+    for batch in tqdm(torch.arange(len(images)).split(batch_size), desc=what, disable=None, leave=False):
+        pixels = pictures[batch]  # (batch, 3, size, size), whatever their own sizes
         embeds.append(embed_images(model, processor, pixels, batch_size))
         hashes += [hash(picture.numpy().tobytes()) for picture in pixels]
     return torch.cat(embeds), hashes
