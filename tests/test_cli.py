@@ -109,6 +109,15 @@ def test_as_a_process_help_is_light():
     assert result.stdout.startswith("usage: sigphi <command>")
 
 
+def test_as_a_process_data_check_loads_nothing_of_models():
+    code = (
+        "import sys, sigphi.train.data_check; "
+        "sys.exit(any(name in sys.modules for name in ('torchvision', 'peft', 'sigphi.processing')))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr or "`sigphi data check` imported a package that takes seconds"
+
+
 def test_as_a_process_the_exit_code_arrives():
     result = subprocess.run([sys.executable, "-m", "sigphi", "nope"], capture_output=True, text=True)
     assert result.returncode == 2

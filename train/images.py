@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-from sigphi.processing.processing_siglip_resnet import to_rgb
 from sigphi.train.errors import UserError
 from sigphi.train.facts import CLASS_NAMES
 from sigphi.train.synthetic import IMAGE_FEATURES, synthetic_images
@@ -181,6 +180,9 @@ def decode_images(images: datasets.Dataset, indices: Sequence[int]) -> torch.Ten
         UserError: if the images differ in size.
         ValueError: if there are no indices.
     """
+    # Takes seconds, and commands that only read a CSV and labels do without.
+    from sigphi.processing.processing_siglip_resnet import to_rgb
+
     if len(indices) == 0:
         raise ValueError("`indices` has to hold at least one row: without an image there is no size.")
     distinct, position = np.unique(np.asarray(indices), return_inverse=True)
