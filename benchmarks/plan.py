@@ -57,6 +57,21 @@ CONFIGURATIONS: dict[str, tuple[str, tuple[int, int], str]] = {
     "int8_bf16": ("vlm", (512, 8), f"{VLM} --bits 8 --gradient-checkpointing false --batch-size 12"),
     "full_fp32_checkpointing": ("vlm", (768, 6), f"{VLM} --tuning full --bits 16 --bf16 false --batch-size 8"),
     "full_bf16": ("vlm", (512, 8), f"{VLM} --tuning full --bits 16 --gradient-checkpointing false --batch-size 8"),
+    "packed_lora_fp32": (
+        "vlm",
+        (768, 5),
+        f"{VLM} --bits 16 --bf16 false --packing on --gradient-checkpointing false --batch-size 20",
+    ),
+    "packed_qlora_fp32": (
+        "vlm",
+        (512, 10),
+        f"{VLM} --bits 4 --bf16 false --packing on --gradient-checkpointing false --tokens-per-batch 1024",
+    ),
+    "packed_full_fp32_checkpointing": (
+        "vlm",
+        (640, 5),
+        f"{VLM} --tuning full --bits 16 --bf16 false --packing on --gradient-checkpointing true --batch-size 16",
+    ),
     "encoder_bf16": ("siglip", (128, 2), "--layer-type basic --depths 2 2 2 2 --bf16 true --batch-size 96"),
     "encoder_fp32_checkpointing": ("siglip", (128, 2), "--batch-size 64 --gradient-checkpointing true"),
     "encoder_with_text_tower": ("siglip", (512, 8), "--train-text-tower true --layer-type basic --batch-size 16"),
