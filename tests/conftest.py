@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,9 +141,17 @@ def own_feature_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         yield
 
 
+class Originals(UserDict[str, Any]):
+    """What is made once and read as copies: a forward pass alone can leave hooks in a model, a processor sets the
+    padding side of the tokenizer it is given, and no test may see what another one did."""
+
+    def __getitem__(self, name: str) -> Any:
+        return copy.deepcopy(super().__getitem__(name))
+
+
 @pytest.fixture(scope="session")
-def shared() -> dict[str, Any]:
-    """The originals, made once; tests get copies by the fixtures below."""
+def shared() -> Originals:
+    """The tokenizer, image processor, encoder and language model of the tests, each read as a new copy."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     text_config = PhiConfig(**TEXT_CONFIG, **token_ids(tokenizer))
@@ -153,46 +162,43 @@ def shared() -> dict[str, Any]:
     randomize(encoder)
     randomize(language_model)
     image_processor = SiglipImageProcessor(size={"height": 32, "width": 32})
-    return {
-        "tokenizer": tokenizer,
-        "image_processor": image_processor,
-        "encoder": encoder,
-        "language_model": language_model,
-    }
+    return Originals(
+        tokenizer=tokenizer, image_processor=image_processor, encoder=encoder, language_model=language_model
+    )
 
 
 @pytest.fixture
-def tokenizer(shared: dict[str, Any]) -> PreTrainedTokenizerFast:
+def tokenizer(shared: Originals) -> PreTrainedTokenizerFast:
     """A byte-level BPE with `<|endoftext|>`, `<pad>` and `<image>`."""
-    return copy.deepcopy(shared["tokenizer"])
+    return shared["tokenizer"]
 
 
 @pytest.fixture
-def image_processor(shared: dict[str, Any]) -> SiglipImageProcessor:
+def image_processor(shared: Originals) -> SiglipImageProcessor:
     """For images of 32x32."""
-    return copy.deepcopy(shared["image_processor"])
+    return shared["image_processor"]
 
 
 @pytest.fixture
-def tiny_encoder(shared: dict[str, Any]) -> SiglipResNetModel:
+def tiny_encoder(shared: Originals) -> SiglipResNetModel:
     """A dual encoder with two ResNet blocks and a Phi of two layers, in evaluation mode."""
-    return copy.deepcopy(shared["encoder"])
+    return shared["encoder"]
 
 
 @pytest.fixture
-def tiny_encoder_processor(shared: dict[str, Any]) -> SiglipResNetProcessor:
+def tiny_encoder_processor(shared: Originals) -> SiglipResNetProcessor:
     """The processor that suits `tiny_encoder`."""
-    return SiglipResNetProcessor(copy.deepcopy(shared["image_processor"]), copy.deepcopy(shared["tokenizer"]))
+    return SiglipResNetProcessor(shared["image_processor"], shared["tokenizer"])
 
 
 @pytest.fixture
-def tiny_language_model(shared: dict[str, Any]) -> PhiForCausalLM:
+def tiny_language_model(shared: Originals) -> PhiForCausalLM:
     """A Phi of two layers, in evaluation mode."""
-    return copy.deepcopy(shared["language_model"])
+    return shared["language_model"]
 
 
 @pytest.fixture(scope="session")
-def base_folder(shared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base_folder(shared: Originals, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `tiny_language_model` and `tokenizer`, the base of the adapter form. Read only."""
     folder = tmp_path_factory.mktemp("base")
     shared["language_model"].save_pretrained(folder)
@@ -201,13 +207,13 @@ def base_folder(shared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def make_vlm(shared: dict[str, Any]) -> Callable[..., SigPhiForConditionalGeneration]:
+def make_vlm(shared: Originals) -> Callable[..., SigPhiForConditionalGeneration]:
     """`make_vlm(**fields)`: the tiny VLM, its config with other fields."""
 
     def make(**fields: Any) -> SigPhiForConditionalGeneration:
         torch.manual_seed(1)
-        language_model = copy.deepcopy(shared["language_model"])
-        vision_tower = copy.deepcopy(shared["encoder"].vision_model)
+        language_model = shared["language_model"]
+        vision_tower = shared["encoder"].vision_model
         config = SigPhiConfig(
             vision_config=vision_tower.config,
             text_config=language_model.config,
@@ -250,9 +256,9 @@ def tiny_lora_vlm(make_lora_vlm: Callable[..., SigPhiForConditionalGeneration]) 
 
 
 @pytest.fixture
-def tiny_vlm_processor(shared: dict[str, Any]) -> SigPhiProcessor:
+def tiny_vlm_processor(shared: Originals) -> SigPhiProcessor:
     """The processor that suits `tiny_vlm`."""
-    return SigPhiProcessor(copy.deepcopy(shared["image_processor"]), copy.deepcopy(shared["tokenizer"]))
+    return SigPhiProcessor(shared["image_processor"], shared["tokenizer"])
 
 
 @pytest.fixture(scope="session")
@@ -345,7 +351,7 @@ def toy_base(toy_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def save_toy_vlm(shared: dict[str, Any], toy_base: Path) -> Callable[..., Path]:
+def save_toy_vlm(shared: Originals, toy_base: Path) -> Callable[..., Path]:
     """`save_toy_vlm(folder, **options)`: a VLM in adapter form on `toy_base`, as `train-vlm` would leave it."""
 
     def save(folder: Path, **options: Any) -> Path:
@@ -355,12 +361,12 @@ def save_toy_vlm(shared: dict[str, Any], toy_base: Path) -> Callable[..., Path]:
         )
         language_model = load_language_model(arguments, torch.float32, "sdpa", torch.device("cpu"))
         tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(toy_base))
-        model = build_vlm(copy.deepcopy(shared["encoder"]).vision_model, language_model, tokenizer, arguments)
+        model = build_vlm(shared["encoder"].vision_model, language_model, tokenizer, arguments)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.05)
         model.save_pretrained(folder)
-        SigPhiProcessor(copy.deepcopy(shared["image_processor"]), tokenizer).save_pretrained(folder)
+        SigPhiProcessor(shared["image_processor"], tokenizer).save_pretrained(folder)
         return folder
 
     return save

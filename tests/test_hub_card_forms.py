@@ -1,6 +1,5 @@
 """The forms of a VLM's folder: made from one another, complete, and read by a stranger."""
 
-import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LORA
+from conftest import LORA, Originals
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -42,9 +41,9 @@ def names_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def save_adapter(folder: Path, model: Any, shared: dict[str, Any]) -> Path:
+def save_adapter(folder: Path, model: Any, shared: Originals) -> Path:
     model.save_pretrained(folder)
-    processor = SigPhiProcessor(copy.deepcopy(shared["image_processor"]), copy.deepcopy(shared["tokenizer"]))
+    processor = SigPhiProcessor(shared["image_processor"], shared["tokenizer"])
     processor.save_pretrained(folder)
     return folder
 

@@ -1,11 +1,11 @@
 """The average of the weights: its value, what is evaluated and saved by it, and resuming."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Originals
 from safetensors.torch import load_file
 from test_train_siglip_trainer import make_images, make_trainer
 from torch import nn
@@ -44,11 +44,11 @@ def naive_average(steps: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tenso
 
 
 @pytest.fixture
-def make(shared: dict[str, Any], tiny_encoder_processor: Any, tmp_path: Path) -> Any:
+def make(shared: Originals, tiny_encoder_processor: Any, tmp_path: Path) -> Any:
     """`make("folder", option=value)`: a trainer of the same encoder each time."""
 
     def make(folder: str, **options: Any) -> SiglipTrainer:
-        encoder = copy.deepcopy(shared["encoder"])
+        encoder = shared["encoder"]
         encoder.text_model.language_model.requires_grad_(False)
         collator = SiglipCollator(tiny_encoder_processor, make_images())
         together = OPTIONS | CHECKPOINTS | options

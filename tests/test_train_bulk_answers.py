@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
+from conftest import Originals
 from PIL import Image
 
 from sigphi.train import ask, describe
@@ -30,7 +31,7 @@ a dog?",,,,train
 
 
 @pytest.fixture(scope="module")
-def vlm_folder(make_vlm: Any, shared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> str:
+def vlm_folder(make_vlm: Any, shared: Originals, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tiny VLM. Read only."""
     from sigphi import SigPhiProcessor
 

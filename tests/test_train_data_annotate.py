@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import child_environment, make_tokenizer, token_ids
+from conftest import Originals, child_environment, make_tokenizer, token_ids
 from hub_stub import HubStub
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -97,9 +97,7 @@ def save(folder: Path, model: Any, processor: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sigphi_folder(
-    make_vlm: Callable[..., Any], shared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def sigphi_folder(make_vlm: Callable[..., Any], shared: Originals, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sigphi import SigPhiProcessor
 
     processor = SigPhiProcessor(shared["image_processor"], shared["tokenizer"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOY_IMAGES, token_ids
+from conftest import TOY_IMAGES, Originals, token_ids
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -102,7 +102,7 @@ def save_base(toy_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 
 @pytest.fixture(scope="module")
-def encoder_folder(shared: dict[str, Any], toy_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoder_folder(shared: Originals, toy_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
     shared["encoder"].save_pretrained(folder)
     SiglipResNetProcessor(shared["image_processor"], AutoTokenizer.from_pretrained(toy_base)).save_pretrained(folder)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOY_IMAGES
+from conftest import TOY_IMAGES, Originals
 
 from sigphi import SiglipResNetProcessor, cli
 from sigphi.train import plan
@@ -22,7 +22,7 @@ from sigphi.train.plan_report import GLIBC_KEEPS, Disk, _checkpoints, as_bytes, 
 
 
 @pytest.fixture(scope="module")
-def encoder_folder(shared: dict[str, Any], toy_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoder_folder(shared: Originals, toy_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
     shared["encoder"].save_pretrained(folder)
     SiglipResNetProcessor(shared["image_processor"], shared["tokenizer"]).save_pretrained(folder)

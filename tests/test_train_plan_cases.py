@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TOY_IMAGES
+from conftest import TOY_IMAGES, Originals
 
 from sigphi import SiglipResNetProcessor
 from sigphi.train import siglip, vlm
@@ -28,7 +28,7 @@ NO_CUDA = ["--use-cpu", "true", "--report-to", "none", "--bf16", "false", "--sav
 
 
 @pytest.fixture(scope="module")
-def encoder_folder(shared: dict[str, Any], toy_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoder_folder(shared: Originals, toy_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
     shared["encoder"].save_pretrained(folder)
     SiglipResNetProcessor(shared["image_processor"], shared["tokenizer"]).save_pretrained(folder)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TEXT_CONFIG, token_ids
+from conftest import TEXT_CONFIG, Originals, token_ids
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -22,7 +22,7 @@ LLAMA_LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj
 
 
 @pytest.fixture(scope="session")
-def llama_folder(shared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llama_folder(shared: Originals, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     fields = TEXT_CONFIG | {"num_key_value_heads": 2} | token_ids(shared["tokenizer"])
     LlamaForCausalLM(LlamaConfig(**fields)).save_pretrained(folder)

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from conftest import Originals
 from processes import run_processes
 from torch import nn
 from transformers import SiglipConfig, SiglipModel, TrainerCallback
@@ -144,12 +145,12 @@ def couples(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def processor(shared: dict[str, Any]) -> SiglipResNetProcessor:
+def processor(shared: Originals) -> SiglipResNetProcessor:
     return SiglipResNetProcessor(shared["image_processor"], shared["tokenizer"])
 
 
 @pytest.fixture(scope="module")
-def whole(shared: dict[str, Any], processor: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def whole(shared: Originals, processor: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One process, one pass."""
     return train_encoder(tmp_path_factory.mktemp("whole"), frozen_norm(shared["encoder"]), processor)
 
@@ -158,7 +159,7 @@ AUGMENTED = {"augment": True, "cutout": 8, "color_jitter": 0.3, "max_steps": 5} 
 
 
 @pytest.fixture(scope="module")
-def augmented(shared: dict[str, Any], processor: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def augmented(shared: Originals, processor: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One process, one pass, augmented."""
     folder = tmp_path_factory.mktemp("augmented")
     return train_encoder(folder, frozen_norm(shared["encoder"]), processor, **AUGMENTED)
@@ -315,7 +316,7 @@ def test_synchronised_batch_norm_is_refused_on_cpu(tmp_path):
 def test_synchronised_batch_norm_of_one_process_is_batch_norm(shared, processor, tmp_path):
     runs = []
     for sync_batch_norm in (False, True):
-        encoder = copy.deepcopy(shared["encoder"])
+        encoder = shared["encoder"]
         options = {"max_steps": 3, "use_cpu": False, "sync_batch_norm": sync_batch_norm}
         runs.append(train_encoder(tmp_path, encoder, processor, **options))
     close(runs[1], runs[0])

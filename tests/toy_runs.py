@@ -1,13 +1,12 @@
 """Short trainings of both stages that can be made anew in any process: to be killed, resumed and compared."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from conftest import LORA
+from conftest import LORA, Originals
 from safetensors.torch import load_file
 from test_train_siglip_trainer import make_images, make_rows
 from torch import nn
@@ -24,14 +23,14 @@ COMMON |= {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 64}
 STAGES = ("encoder", "vlm")
 
 
-def write_parts(path: Path, shared: dict[str, Any], make_vlm: Any, base_folder: Path) -> Path:
+def write_parts(path: Path, shared: Originals, make_vlm: Any, base_folder: Path) -> Path:
     """What the trainings start from, as a file that other processes read."""
     vlm = make_vlm(base_language_model=str(base_folder))
     vlm.add_lora(LORA | {"lora_dropout": 0.2})
     for name, parameter in vlm.named_parameters():
         if "lora_B" in name:  # where these are 0, no loss depends on what dropout draws
             nn.init.normal_(parameter, std=0.1)
-    encoder = copy.deepcopy(shared["encoder"])
+    encoder = shared["encoder"]
     encoder.text_model.language_model.requires_grad_(False)
     torch.save(
         {"encoder": encoder, "vlm": vlm, **{name: shared[name] for name in ("tokenizer", "image_processor")}}, path
