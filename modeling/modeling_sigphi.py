@@ -157,6 +157,7 @@ class SigPhiPreTrainedModel(PreTrainedModel):
         else:
             loaded = cls._from_adapter(pretrained_model_name_or_path, config, **dict(kwargs))
         check_weights(pretrained_model_name_or_path, config.weight_hashes, **kwargs)
+        keep_4bit_weights(loaded[0] if isinstance(loaded, tuple) else loaded)  # with `output_loading_info`
         return loaded
 
     @classmethod
@@ -252,6 +253,19 @@ def base_quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | Non
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def keep_4bit_weights(model: nn.Module) -> None:
+    """
+    Switch off the AVX512-BF16 path of bitsandbytes' 4-bit layers.
+
+    On processors that have it, the first forward pass without gradients repacks the weights for a kernel in bfloat16.
+    What reads them afterwards takes them for something else: DoRA and merging compute nonsense without an error, and a
+    training step fails with "a view of a leaf Variable". Without it all processors give the same answers.
+    """
+    layers: list[Any] = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
 
 
 def _for_language_model_alone(quantization: BitsAndBytesConfig) -> BitsAndBytesConfig:
@@ -862,5 +876,6 @@ __all__ = [
     "causal_language_model",
     "dequantized",
     "image_feature_size",
+    "keep_4bit_weights",
     "load_base_language_model",
 ]

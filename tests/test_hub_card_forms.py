@@ -126,6 +126,17 @@ def test_merging_into_dequantised_weights_keeps_the_logits(made):
     torch.testing.assert_close(logits_of(merged, made.inputs), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["adapter", "nf4"])
+def test_answering_leaves_4_bit_weights_as_they_are(made, form, monkeypatch):
+    """Where the processor has AVX512-BF16, bitsandbytes repacks them, and what is merged afterwards is nonsense."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    model = load(made.root / form)
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    before = [layer.weight.clone() for layer in layers]
+    logits_of(model, made.inputs)
+    assert layers and all(torch.equal(a, layer.weight) for a, layer in zip(before, layers, strict=True))
+
+
 def test_merging_into_the_original_weights_is_another_model(made, tmp_path):
     export_form(str(made.adapter), tmp_path / "merged", "merged", base="original")
     logits = logits_of(load(tmp_path / "merged"), made.inputs)

@@ -12,10 +12,11 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sigphi import SigPhiForConditionalGeneration
+from sigphi.modeling.modeling_sigphi import keep_4bit_weights
 from sigphi.train import qlora
 from sigphi.train.arguments import VlmModelArguments
 from sigphi.train.prompts import prepare_tokenizer
-from sigphi.train.qlora import build_vlm, keep_4bit_weights_trainable_on_cpu, linear_names, load_language_model
+from sigphi.train.qlora import build_vlm, linear_names, load_language_model
 
 PHI_LINEAR = ["dense", "fc1", "fc2", "k_proj", "q_proj", "v_proj"]
 LLAMA_LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -245,6 +246,6 @@ def test_4_bit_layers_keep_their_weights_unpacked(qlora_vlm, tiny_language_model
     assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
     for layer in layers:
         layer.support_avx512bf16_for_cpu = True
-    keep_4bit_weights_trainable_on_cpu(qlora_vlm)
+    keep_4bit_weights(qlora_vlm)
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
-    keep_4bit_weights_trainable_on_cpu(tiny_language_model)
+    keep_4bit_weights(tiny_language_model)

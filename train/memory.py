@@ -245,7 +245,7 @@ def _packed(layer: Any, weight: Any, device: torch.device, mode: FakeTensorMode)
         quant_type=weight.quant_type,
         quant_storage=weight.quant_storage,
     )
-    layer.support_avx512bf16_for_cpu = False  # as `keep_4bit_weights_trainable_on_cpu`
+    layer.support_avx512bf16_for_cpu = False  # as `keep_4bit_weights`
     layer.quant_state = state
     parameter = nn.Parameter(packed, requires_grad=False)
     parameter.quant_state = state  # type: ignore[attr-defined]

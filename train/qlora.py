@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sigphi.configuration.configuration_sigphi import SigPhiConfig
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetVisionModel
-from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration, base_quantization
+from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration, base_quantization, keep_4bit_weights
 from sigphi.train.arguments import VlmModelArguments
 from sigphi.train.errors import UserError
 from sigphi.train.records import durable_name
@@ -39,20 +39,8 @@ def load_language_model(
         quantization_config=base_quantization(arguments.bits, dtype),
         device_map={"": device},
     )
-    keep_4bit_weights_trainable_on_cpu(model)
+    keep_4bit_weights(model)
     return model
-
-
-def keep_4bit_weights_trainable_on_cpu(model: nn.Module) -> None:
-    """
-    Switch off the AVX512-BF16 path of bitsandbytes' 4-bit layers.
-
-    On processors that have it, the first forward pass without gradients repacks the weights for inference, after which
-    a training step fails with "a view of a leaf Variable".
-    """
-    layers: list[Any] = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
-    for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
 
 
 def linear_names(language_model: nn.Module) -> list[str]:
@@ -191,7 +179,6 @@ def _add_lora(model: SigPhiForConditionalGeneration, arguments: VlmModelArgument
 __all__ = [
     "build_vlm",
     "check_parts",
-    "keep_4bit_weights_trainable_on_cpu",
     "linear_names",
     "load_language_model",
     "only_trains",

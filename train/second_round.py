@@ -22,7 +22,7 @@ from sigphi.modeling.modeling_sigphi import (
 from sigphi.train.arguments import VlmModelArguments
 from sigphi.train.checkpoints import read_config
 from sigphi.train.errors import UserError
-from sigphi.train.qlora import keep_4bit_weights_trainable_on_cpu, only_trains, train_language_model
+from sigphi.train.qlora import only_trains, train_language_model
 
 # Options that an adapter form has decided, and what PEFT calls them.
 _LORA_FIELDS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
@@ -103,7 +103,6 @@ def load_checkpoint(
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "device_map": {"": device}}
     if form == "adapter":
         model = SigPhiForConditionalGeneration.from_pretrained(name, dtype=dtype, **options)
-        keep_4bit_weights_trainable_on_cpu(model)
         as_stored(model, name)
         only_trains(model, "lora")
         return model
@@ -112,7 +111,6 @@ def load_checkpoint(
     # Full training needs float32 master weights; the arithmetic is in bfloat16 by autocast all the same.
     full = arguments.tuning == "full"
     vlm = SigPhiForConditionalGeneration.from_pretrained(name, dtype=torch.float32 if full else dtype, **options)
-    keep_4bit_weights_trainable_on_cpu(vlm)
     config = copy.deepcopy(vlm.config)
     vars(config).pop("quantization_config", None)  # recorded as `base_bits`
     tower, projector = vlm.model.vision_tower.to(dtype), vlm.model.multi_modal_projector
