@@ -119,6 +119,20 @@ def test_the_kinds_of_a_whole_file_are_found_together(qa_csv: Path) -> None:
     assert f"line {last + 2} column Q2 asks the same as line {last + 2} column Q1" in places["repeated question"]
 
 
+def test_a_large_file_is_read_in_a_process_of_its_own_with_the_same_report(
+    qa_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(qa_csv, [row(index, "What?", "ERROR") for index in range(7)])
+    monkeypatch.setattr("sigphi.train.lenient_csv._ROWS_A_TABLE", 3)
+    for bad in (b"8,too few cells\n", b"9,\xff\n"):  # behind the last table, and within one
+        qa_csv.write_bytes(qa_csv.read_bytes() + bad)
+        whole = check_csv(qa_csv, image_split="train")
+        assert {"failure as answer", "malformed row"} <= {problem.kind for problem in whole.problems}
+        with monkeypatch.context() as patch:
+            patch.setattr("sigphi.train.data_check._LARGE", 0)
+            assert check_csv(qa_csv, image_split="train") == whole
+
+
 @pytest.mark.parametrize("index", ["50000", "-1", "cat", "1.0", "", "9" * 25])
 def test_every_row_with_a_bad_index_is_named(qa_csv: Path, index: str) -> None:
     places = check(write(qa_csv, [row(index), row(1), row(index, "", "")]))

@@ -6,11 +6,13 @@ sigphi data check qa.csv --images uoft-cs/cifar10
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
+from torch.utils.data import DataLoader, IterableDataset
 from transformers.hf_argparser import HfArg
 
 from sigphi.train.check_report import CheckReport, Findings, Problem, counted, format_report
@@ -23,6 +25,7 @@ from sigphi.train.qa_csv import IMAGE_SPLITS, OPTIONAL_COLUMNS, PAIRS, REQUIRED_
 from sigphi.train.row_checks import ImageSets, Lines, check_header, locate_images
 
 _COLUMNS = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS, "Class_Label")
+_LARGE = 50_000_000  # bytes; below, a second process takes longer to start than it saves
 
 
 def check_csv(
@@ -64,7 +67,7 @@ def check_csv(
     path, image_sets, findings, repetitions = Path(path), ImageSets(images), Findings(max_places), Repetitions()
     check_header(path, image_split, findings)
     num_rows = num_pairs = 0
-    for table in read_tables(path, _COLUMNS, findings.add):
+    for table in _tables(path, findings):
         table = locate_images(table, image_sets, image_split, findings)
         rows = _pairs_of(table)
         usable = check_texts(rows, max_characters, findings)
@@ -77,6 +80,34 @@ def check_csv(
         findings.add("no pairs", "line 1", "no row has both a question and an answer")
     _check_leaks(lines, image_sets, image_split, eval_csv, findings)
     return CheckReport(findings.problems(), num_rows, num_pairs, len(lines))
+
+
+class _Tables(IterableDataset):
+    """The tables of a CSV, each with the problems that were found while it was read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __iter__(self) -> Iterator[tuple[pd.DataFrame, list[tuple[str, str, str]]]]:
+        problems: list[tuple[str, str, str]] = []
+        for table in read_tables(self.path, _COLUMNS, lambda *problem: problems.append(problem)):
+            yield table, problems.copy()
+            problems.clear()
+        yield pd.DataFrame(), problems  # those behind the last table
+
+
+def _tables(path: Path, findings: Findings) -> Iterator[pd.DataFrame]:
+    """Those of [`read_tables`]; a process of its own reads a large file while this one checks."""
+    num_workers = int(path.stat().st_size > _LARGE)
+    for table, problems in DataLoader(_Tables(path), batch_size=None, num_workers=num_workers, collate_fn=_as_it_is):
+        for problem in problems:
+            findings.add(*problem)
+        if not table.empty:
+            yield table
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def _check_leaks(

@@ -60,6 +60,13 @@ _MARKUP = (
 _STAND_IN = r"(?i)^(?:nan|null|none|n/?a|<na>|undefined|todo|tbd|[[:punct:]\s]+)$"
 _PLACEHOLDER = re.escape(IMAGE_PLACEHOLDER)
 _CLASS_WORD = rf"(?i)\b(?:{'|'.join(CLASS_OF_WORD)})\b"
+_OF_ALL_TEXTS = {"damaged text": _DAMAGED, "leftover markup": _MARKUP, "image placeholder": _PLACEHOLDER}
+_OF_ANSWERS = {"failure as answer": _FAILURE, "talk of an assistant": _ASSISTANT, "no answer": _STAND_IN}
+# Most texts have none of these, and need not be searched for each.
+_ANY = {
+    letter: "|".join(f"(?:{pattern})" for pattern in patterns.values())
+    for letter, patterns in (("Q", _OF_ALL_TEXTS), ("A", _OF_ALL_TEXTS | _OF_ANSWERS))
+}
 # How the last sentence of a question begins if [`asks_for_object`].
 _OBJECT_QUESTION_START = r"(?i)(?:^|[.?!]\s+)[^a-z0-9]*(?:what|which|please|name|identify)\b[^.?!]*[.?!]*\s*$"
 
@@ -87,21 +94,26 @@ def check_texts(rows: pd.DataFrame, max_characters: int, findings: Findings) -> 
         findings, "half-empty pair", rows, {"Q": is_empty["Q"] & ~is_empty["A"], "A": is_empty["A"] & ~is_empty["Q"]}
     )
     rows = rows[~is_empty["Q"] & ~is_empty["A"]]
-    is_failure = _matches(rows["answer"], _FAILURE)
+    is_suspect = {letter: _matches(rows[name], _ANY[letter]) for letter, name in _TEXTS.items()}
+    is_failure = _matches_among(is_suspect["A"], rows["answer"], _FAILURE)
     _report_texts(findings, "failure as answer", rows, {"A": is_failure})
     rows = rows[~is_failure]
-    for kind, pattern in (
-        ("damaged text", _DAMAGED),
-        ("leftover markup", _MARKUP),
-        ("image placeholder", _PLACEHOLDER),
-    ):
-        matches = {letter: _matches(rows[name], pattern) for letter, name in _TEXTS.items()}
+    is_suspect = {letter: found[~is_failure] for letter, found in is_suspect.items()}
+    for kind, pattern in _OF_ALL_TEXTS.items():
+        matches = {letter: _matches_among(is_suspect[letter], rows[name], pattern) for letter, name in _TEXTS.items()}
         _report_texts(findings, kind, rows, matches)
     is_long = {letter: rows[name].str.len() > max_characters for letter, name in _TEXTS.items()}
     _report_texts(findings, "over-long text", rows, is_long)
-    _report_texts(findings, "talk of an assistant", rows, {"A": _matches(rows["answer"], _ASSISTANT)})
-    _report_texts(findings, "no answer", rows, {"A": _matches(rows["answer"], _STAND_IN)})
+    for kind in ("talk of an assistant", "no answer"):
+        matches = {"A": _matches_among(is_suspect["A"], rows["answer"], _OF_ANSWERS[kind])}
+        _report_texts(findings, kind, rows, matches)
     return _without_bad_short_answers(rows, findings)
+
+
+def _matches_among(is_suspect: np.ndarray, texts: pd.Series, pattern: str) -> np.ndarray:
+    found = np.zeros(len(texts), dtype=bool)
+    found[is_suspect] = _matches(texts[is_suspect], pattern)
+    return found
 
 
 def _without_bad_short_answers(rows: pd.DataFrame, findings: Findings) -> pd.DataFrame:
@@ -149,13 +161,24 @@ def check_answers(rows: pd.DataFrame, findings: Findings) -> None:
     # The type says what most questions ask for, and then their wordings can share a verdict.
     is_worded = ~judged["question_type"].isin(QUESTION_TYPES) | (judged["question_type"] == "yes_no_class")
     asked = judged.assign(question=judged["question"].where(is_worded, ""))
-    verdicts = pd.Series([_verdict(*cells) for cells in _tuples(asked, *_JUDGED)], index=judged.index, dtype=object)
+    verdicts = _verdicts(asked)
     for kind in ("contradicted label", "unclear answer", "missed short answer"):
         _report_answers(findings, kind, judged[verdicts == kind])
     others = rows.drop(verdicts.index[verdicts != ""])
     others = others[(others["class_name"] != "") & _matches(others["answer"], _CLASS_WORD) & ~_name_own_class(others)]
     is_foreign = [bool(named_classes(answer)) for answer in others["answer"].tolist()]
     _report_answers(findings, "foreign class", others[is_foreign])
+
+
+def _verdicts(asked: pd.DataFrame) -> pd.Series:
+    """That of each pair; pairs that are equal in all that counts are judged once."""
+    number = np.zeros(len(asked), np.int64)
+    for name in _JUDGED:
+        codes, values = pd.factorize(asked[name])
+        number, _ = pd.factorize(number * len(values) + codes)
+    _, first = np.unique(number, return_index=True)  # in the order of the numbers, which begin at 0
+    distinct = [_verdict(*cells) for cells in _tuples(asked.iloc[first], *_JUDGED)]
+    return pd.Series(np.array(distinct, dtype=object)[number], index=asked.index, dtype=object)
 
 
 def _name_own_class(rows: pd.DataFrame) -> pd.Series:
@@ -178,7 +201,7 @@ def _report_answers(findings: Findings, kind: str, rows: pd.DataFrame) -> None:
 
 
 # Answers repeat, and most need no look at the text.
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=200_000)
 def _verdict(question: str, answer: str, question_type: str, short_answer: str, class_name: str) -> str:
     """The kind of problem of an answer to a question with a type or to one for the object, empty where it has none."""
     judged_as, expected = _expected_answer(question, question_type, class_name)
