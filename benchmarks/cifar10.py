@@ -81,7 +81,7 @@ def evaluate(folder: Path, images: str, name: str) -> dict[str, dict[str, float]
 
 
 def main() -> None:
-    """Run what is missing, and write the result file."""
+    """Run what is missing, and write the result file of the models that are evaluated."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", required=True, help="CIFAR-10: a folder or Hub id")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/cifar10"))
@@ -92,6 +92,8 @@ def main() -> None:
     build_data(options.output_dir, options.images)
     train(options.output_dir, options.images, options.stages)
     names = [name for name in options.stages if name != "base"]
+    if not names:
+        return
     results = {name: evaluate(options.output_dir, options.images, name) for name in names}
     RESULTS.parent.mkdir(exist_ok=True)
     facts = {

@@ -143,7 +143,7 @@ def words_of(name: str, folder: Path) -> list[str]:
 
 def estimate(stage: str, words: list[str]) -> None:
     """The child process that plans: prints the largest moment, its bytes by kind, and those before training."""
-    types, read = STAGES[stage]
+    types, read, _ = STAGES[stage]
     model, data, training = parse_arguments(types, words, f"sigphi plan {stage}")
     imports = resident_bytes(psutil.Process(), private=True)
     case = read(model, data, training)

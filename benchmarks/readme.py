@@ -112,11 +112,23 @@ def speed_table() -> str:
     )
 
 
+def vlm_recipes_table() -> str:
+    """The recipes of `sigphi train-vlm` and what each needs, by benchmarks/vlm_recipes.py."""
+    lines = "| recipe | estimated peak | measured peak | of |\n| --- | --- | --- | --- |\n"
+    for recipe in ("vlm-6gb", "vlm-12gb", "vlm-24gb", "h200"):
+        found = json.loads((ROOT / "train" / "recipes" / f"{recipe}.json").read_text(encoding="utf-8"))
+        measured = f"{found['measured_bytes'] / 1e9:.1f} GB" if "measured_bytes" in found else "not yet"
+        limit = f"{found['limit_bytes'] / 1e9:.0f} GB"
+        lines += f"| `{recipe}` | {found['estimated_bytes'] / 1e9:.1f} GB | {measured} | {limit} |\n"
+    return f"{lines}\nPhi-2, a ResNet-50 at 32 pixels, 16 image tokens (benchmarks/vlm_recipes.py).\n"
+
+
 # File -> what stands between which marks.
 TABLES = {
     "README.md": {"results": table, "types": types_table},
     "docs/plan.md": {"memory": memory_table},
     "docs/encoder.md": {"speed": speed_table},
+    "docs/vlm.md": {"recipes": vlm_recipes_table},
 }
 
 

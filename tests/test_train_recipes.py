@@ -1,14 +1,14 @@
-"""The recipes of `sigphi train-siglip`, each run by the command at toy size."""
+"""The recipes of both trainings, each run by its command at toy size."""
 
 import json
 from pathlib import Path
 
 import pytest
-from conftest import TOY_IMAGES
+from conftest import TOY_IMAGES, Originals
 from transformers import ResNetConfig, ResNetModel
 
-from sigphi import SiglipResNetModel
-from sigphi.train import siglip
+from sigphi import SiglipResNetModel, SiglipResNetProcessor
+from sigphi.train import siglip, vlm
 
 TOWER = ["--embedding-size", "8", "--hidden-sizes", "8", "16", "--depths", "1", "1"]
 
@@ -40,3 +40,28 @@ def test_a_recipe_trains_a_tiny_tower(recipe, resnet, toy_csv, toy_base, tmp_pat
     assert 0 <= json.loads((folder / "eval_results.json").read_text())["zero_shot_top1"] <= 1
     vision = SiglipResNetModel.from_pretrained(folder).config.vision_config
     assert (vision.stem, vision.hidden_sizes) == ("imagenet" if "224" in recipe else "cifar", [8, 16])
+
+
+@pytest.mark.parametrize("recipe", vlm.RECIPES, ids=lambda path: path.stem)
+def test_what_a_recipe_of_the_vlm_needs_is_beside_it(recipe):
+    found = json.loads(recipe.with_suffix(".json").read_text())
+    assert found["fits"] and 0 < found.get("measured_bytes", found["estimated_bytes"]) < 0.9 * found["limit_bytes"]
+    assert found["estimated_bytes"] == sum(found["bytes_at_that_moment"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [path.stem for path in vlm.RECIPES])
+def test_a_recipe_trains_a_tiny_vlm(recipe, shared: Originals, toy_csv, toy_base, tmp_path):
+    encoder = shared["encoder"]
+    encoder.config.include_text_tower = False
+    encoder.save_pretrained(tmp_path / "encoder")
+    SiglipResNetProcessor(shared["image_processor"], shared["tokenizer"]).save_pretrained(tmp_path / "encoder")
+    # The optimizer of the smallest is for CUDA alone.
+    vlm.main(
+        ["--recipe", recipe, "--input-csv", str(toy_csv), "--images", TOY_IMAGES, "--language-model", str(toy_base)]
+        + ["--siglip-checkpoint", str(tmp_path / "encoder"), "--output-dir", str(tmp_path / "out"), "--max-steps", "2"]
+        + ["--optim", "adamw_torch", "--eval-fraction", "0.2", "--dataloader-num-workers", "0", "--report-to", "none"]
+    )
+    arguments = json.loads((tmp_path / "out" / "training_args.json").read_text())
+    assert arguments["bf16"] and arguments["tokens_per_batch"] >= arguments["tokens_per_row"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["base_bits"] in (4, 16)

@@ -12,10 +12,12 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers.hf_argparser import HfArg
 
+from sigphi.train import siglip, vlm
 from sigphi.train.arguments import (
     DataArguments,
     EncoderDataArguments,
@@ -42,16 +44,19 @@ from sigphi.train.plan_report import (
     memory_text,
     time_text,
 )
-from sigphi.train.siglip import RECIPES
 
 logger = logging.getLogger(__name__)
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-# Stage -> its options, and what reads its data.
-STAGES: dict[str, tuple[tuple[type, type, type], Callable[..., Case]]] = {
-    "vlm": ((VlmModelArguments, DataArguments, VlmTrainingArguments), read_vlm_case),
-    "siglip": ((SiglipModelArguments, EncoderDataArguments, SiglipTrainingArguments), read_siglip_case),
+# Stage -> its options, what reads its data, and its recipes.
+STAGES: dict[str, tuple[tuple[type, type, type], Callable[..., Case], tuple[Path, ...]]] = {
+    "vlm": ((VlmModelArguments, DataArguments, VlmTrainingArguments), read_vlm_case, vlm.RECIPES),
+    "siglip": (
+        (SiglipModelArguments, EncoderDataArguments, SiglipTrainingArguments),
+        read_siglip_case,
+        siglip.RECIPES,
+    ),
 }
 
 
@@ -189,8 +194,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def plan(stage: str, words: list[str]) -> None:
     """Plan a training of `stage` with the options in `words`; errors as those of [`main`]."""
-    types, read = STAGES[stage]
-    recipes = RECIPES if stage == "siglip" else ()
+    types, read, recipes = STAGES[stage]
     model, data, training, options = parse_arguments(
         [*types, PlanArguments], words, f"sigphi plan {stage}", recipes=recipes
     )

@@ -2,6 +2,7 @@
 
 sigphi train-vlm --input-csv qa.csv --siglip-checkpoint outputs/siglip --output-dir outputs/vlm
 accelerate launch -m sigphi.train.vlm --input-csv qa.csv --siglip-checkpoint outputs/siglip
+sigphi train-vlm --recipe vlm-6gb --input-csv qa.csv --siglip-checkpoint outputs/siglip
 sigphi train-vlm --input-csv more.csv --vlm-checkpoint outputs/vlm --output-dir outputs/vlm2   # a second round
 """
 
@@ -52,6 +53,10 @@ from sigphi.train.trainers import VlmTrainer
 from sigphi.train.vlm_evaluation import encode_images
 
 logger = logging.getLogger(__name__)
+
+RECIPES = tuple(
+    Path(__file__).parent / "recipes" / f"{name}.yaml" for name in ("vlm-6gb", "vlm-12gb", "vlm-24gb", "h200")
+)
 
 
 def check_models(arguments: VlmModelArguments) -> PreTrainedConfig:
@@ -285,7 +290,7 @@ def rebuild_trainer(options: dict[str, Any], **changes: Any) -> VlmTrainer:
 def main(argv: list[str] | None = None) -> None:
     """`sigphi train-vlm`: options, data, model, training, artifact, evaluation."""
     model_arguments, data_arguments, arguments = parse_arguments(
-        [VlmModelArguments, DataArguments, VlmTrainingArguments], argv, "sigphi train-vlm"
+        [VlmModelArguments, DataArguments, VlmTrainingArguments], argv, "sigphi train-vlm", recipes=RECIPES
     )
     check_evaluation(data_arguments, arguments)
     model_arguments = settle(model_arguments)
