@@ -112,6 +112,25 @@ def speed_table() -> str:
     )
 
 
+def repeats_table() -> str:
+    """The cases of benchmarks/repeated_texts.py."""
+    results = read("repeated_texts")
+    shares = results["share_of_repeats"]
+    lines = "| answers | loss | zero-shot top-1 | right side of one half |\n| --- | --- | --- | --- |\n"
+    for case in results["summary"]:
+        cells = []
+        for name in ("zero_shot_top1", "matching_accuracy"):
+            found = case[name]
+            cells.append(f"{found['mean']:.3f} ({found['least']:.3f} to {found['most']:.3f})")
+        share = f"{shares[case['answers']]:.0%} repeat"
+        lines += f"| {share} | `{case['loss']}` | {' | '.join(cells)} |\n"
+    seeds = results["summary"][0]["seeds"]
+    return (
+        f"{lines}\nDrawn pictures, {results['test_images']:,} unseen ones, mean, least and most of {seeds} seeds; "
+        f"chance is 0.1 and 0.5 (benchmarks/repeated_texts.py).\n"
+    )
+
+
 def vlm_recipes_table() -> str:
     """The recipes of `sigphi train-vlm` and what each needs, by benchmarks/vlm_recipes.py."""
     lines = "| recipe | estimated peak | measured peak | of |\n| --- | --- | --- | --- |\n"

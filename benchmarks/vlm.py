@@ -133,7 +133,7 @@ def write_llava(folder: Path, base: PhiForCausalLM, image_processor: Any, tokeni
 
 def write_rows(folder: Path, processor: SigPhiProcessor) -> None:
     """What TRL reads: sigphi's own prompts and answers as texts."""
-    questions = load_cifar10_qa(folder / QA, (folder / IMAGES).read_text(encoding="utf-8"))
+    questions = load_cifar10_qa(folder / QA, (folder / IMAGES).read_text(encoding="utf-8"), eval_fraction=0.0)["train"]
     content = [{"type": "image"}, {"type": "text", "text": "<question>"}]
     template = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     end = processor.tokenizer.eos_token
@@ -229,12 +229,13 @@ def trl_flops(shape: tuple[int, int], supervised: int, checkpointing: bool) -> f
         model: Any = PhiForCausalLM._from_config(PhiConfig(vocab_size=VOCABULARY, **PHI_2), attn_implementation="sdpa")
         backbone = get_peft_model(model.model, LoraConfig(**LORA, target_modules=LORA_LAYERS))
         embeddings = torch.empty(*shape, PHI_2["hidden_size"], requires_grad=True)  # of a trained projector
+        mask = torch.empty(shape[0], 1, shape[1], shape[1], dtype=torch.bool)  # made here, it is not looked into
     model.lm_head.requires_grad_(False)
     backbone.train()
     if checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     with FlopCounterMode(display=False) as counter:
-        hidden = backbone(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        hidden = backbone(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
         model.lm_head(hidden.flatten(0, 1)[:supervised]).sum().backward()
     return counter.get_total_flops()
 
