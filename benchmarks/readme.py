@@ -146,7 +146,7 @@ def vlm_recipes_table() -> str:
 TABLES = {
     "README.md": {"results": table, "types": types_table},
     "docs/plan.md": {"memory": memory_table},
-    "docs/encoder.md": {"speed": speed_table},
+    "docs/encoder.md": {"speed": speed_table, "repeats": repeats_table},
     "docs/vlm.md": {"recipes": vlm_recipes_table},
 }
 
