@@ -22,6 +22,7 @@ COMMANDS = {
     "train-vlm": ("sigphi.train.vlm", "train the vision-language model on top of it (stage 2)"),
     "evaluate": ("sigphi.train.evaluation", "measure a model and write eval_results.json"),
     "ask": ("sigphi.train.ask", "answer questions about an image"),
+    "serve": ("sigphi.train.serve", "answer over HTTP as OpenAI's chat completions do, on 127.0.0.1"),
     "describe": ("sigphi.train.describe", "write a detailed description of each image"),
     "merge": ("sigphi.train.merge", "merge LoRA into the language model, and measure what that changes"),
     "export": ("sigphi.train.export", "write a VLM as adapter, merged or 4-bit model, and measure what that changes"),
