@@ -1,8 +1,9 @@
 """The SigLIP encoder: a ResNet image tower, a text tower, and the pairwise sigmoid loss."""
 
 import contextlib
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import AutoModel, PreTrainedModel, ResNetModel
+from transformers import AutoModel, BitsAndBytesConfig, PreTrainedModel, ResNetModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig, SiglipResNetVisionConfig
 from sigphi.configuration.hub_code import check_public, check_weights
+
+# What stays unquantised when the whole model is: all but the language model of the text tower.
+NOT_QUANTIZED = ("vision_model", r"text_model\.projection")
 
 
 def sigmoid_loss(
@@ -272,6 +276,22 @@ class ScaleKeepingLinear(nn.Linear):
     """A linear layer whose weights start with variance 1 / in_features: its output has the scale of its input."""
 
 
+def quantization_sparing(
+    quantization: BitsAndBytesConfig, always: Sequence[str], by_default: Sequence[str] = ()
+) -> BitsAndBytesConfig:
+    """
+    The same quantisation, but not of some modules, which compute in their weights' precision.
+
+    Args:
+        quantization (`BitsAndBytesConfig`): stays as it is.
+        always (`Sequence[str]`): regular expressions for the beginning of a module's full name.
+        by_default (`Sequence[str]`, *optional*): what is spared as well where it names no `llm_int8_skip_modules`.
+    """
+    quantization, given = copy.deepcopy(quantization), quantization.llm_int8_skip_modules
+    quantization.llm_int8_skip_modules = list(dict.fromkeys([*(by_default if given is None else given), *always]))
+    return quantization
+
+
 class SiglipResNetPreTrainedModel(PreTrainedModel):
     config_class = SiglipResNetConfig
     config: SiglipResNetConfig
@@ -286,11 +306,13 @@ class SiglipResNetPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """
-        Load as transformers does.
+        Load as transformers does. A `BitsAndBytesConfig` quantises the text tower alone, without its projection.
 
         Raises:
             OSError: if a file of weights is not the one that was published, see [`check_weights`].
         """
+        if isinstance(kwargs.get("quantization_config"), BitsAndBytesConfig):
+            kwargs["quantization_config"] = quantization_sparing(kwargs["quantization_config"], NOT_QUANTIZED)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
         check_weights(pretrained_model_name_or_path, model.config.weight_hashes, **kwargs)
@@ -538,6 +560,7 @@ __all__ = [
     "keep_batch_norm_statistics",
     "pairwise_logits",
     "pooled_states",
+    "quantization_sparing",
     "right_padded",
     "sigmoid_loss",
 ]

@@ -1,6 +1,5 @@
 """The vision-language model: a SigLIP ResNet image tower, a projector, and a causal language model."""
 
-import copy
 import math
 import os
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from transformers.utils.generic import can_return_tuple
 
 from sigphi.configuration.configuration_sigphi import SigPhiConfig
 from sigphi.configuration.hub_code import HUB_ARGUMENTS, check_public, check_weights
-from sigphi.modeling.modeling_siglip_resnet import ScaleKeepingLinear, SiglipResNetVisionModel
+from sigphi.modeling.modeling_siglip_resnet import ScaleKeepingLinear, SiglipResNetVisionModel, quantization_sparing
 
 if is_peft_available():
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -46,7 +45,7 @@ SEGMENT_ATTENTION = ("eager", "sdpa", "flex_attention")
 # Logits of the loss that are in memory at a time: in float32 with their gradients a few hundred MB.
 LOGITS_AT_ONCE = 2**23
 # What stays unquantised when the whole model is: as regular expressions, since full names begin otherwise with a head.
-NOT_QUANTIZED = (r"(?:.*\.)?vision_tower", r"(?:.*\.)?multi_modal_projector", "lm_head")
+NOT_QUANTIZED = (r"(?:.*\.)?vision_tower", r"(?:.*\.)?multi_modal_projector")
 # What transformers calls keys and values, in calls and in outputs: another name from 5.24 on.
 CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
 
@@ -152,7 +151,9 @@ class SigPhiPreTrainedModel(PreTrainedModel):
             kwargs |= kept
         if config.base_language_model is None:
             if isinstance(kwargs.get("quantization_config"), BitsAndBytesConfig):
-                kwargs["quantization_config"] = _for_language_model_alone(kwargs["quantization_config"])
+                kwargs["quantization_config"] = quantization_sparing(
+                    kwargs["quantization_config"], NOT_QUANTIZED, by_default=["lm_head"]
+                )
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         else:
             loaded = cls._from_adapter(pretrained_model_name_or_path, config, **dict(kwargs))
@@ -268,20 +269,19 @@ def keep_4bit_weights(model: nn.Module) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
-def _for_language_model_alone(quantization: BitsAndBytesConfig) -> BitsAndBytesConfig:
-    """The same quantisation, but not of image tower and projector, which compute in their weights' precision."""
-    quantization = copy.deepcopy(quantization)
-    given = quantization.llm_int8_skip_modules
-    spared = NOT_QUANTIZED if given is None else dict.fromkeys([*given, *NOT_QUANTIZED[:2]])
-    quantization.llm_int8_skip_modules = list(spared)
-    return quantization
-
-
 class SigPhiModel(SigPhiPreTrainedModel):
     """Image tower, projector and language model, without the head: gives hidden states."""
 
-    # A folder of the whole model loads into this class; the head is then no surprise.
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As [`SigPhiPreTrainedModel.from_pretrained`]; of a folder of the whole model, without its head."""
+        # The head is no surprise here, and only here: vLLM builds this class by itself, looks up what its weights may
+        # be ignored, and needs the head's.
+        cls._keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        finally:
+            cls._keys_to_ignore_on_load_unexpected = None
 
     def __init__(self, config: SigPhiConfig) -> None:
         super().__init__(config)
@@ -394,15 +394,14 @@ class SigPhiModel(SigPhiPreTrainedModel):
 
         Raises:
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; if the number of placeholders
-                is not the number of soft tokens; and if `segment_ids` come without what belongs to them, or with an
-                attention implementation that has no place for them.
+                is not the number of soft tokens (with `inputs_embeds` where images are given); and if `segment_ids`
+                come without what belongs to them, or with an attention implementation that has no place for them.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         cache = past_key_values if cache is None else cache
         if pixel_values is not None and image_features is not None:
             raise ValueError("Give `pixel_values` or `image_features`, not both.")
-        placeholders = self.get_placeholder_mask(input_ids, inputs_embeds)  # (batch, length)
         if inputs_embeds is None:
             inputs_embeds = self.embed_text(input_ids)  # (batch, length, hidden_size)
         if pixel_values is not None:
@@ -413,12 +412,14 @@ class SigPhiModel(SigPhiPreTrainedModel):
             soft_tokens = soft_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
             if image_rows is not None:
                 soft_tokens = soft_tokens[image_rows]  # (images in the texts, num_image_tokens, hidden_size)
-        # In compiled code the length of a cache is a tensor, and nothing is checked.
-        is_compiling = torch.compiler.is_compiling()
-        if soft_tokens is not None or is_compiling or cache is None or cache.get_seq_length() == 0:
-            _check_placeholders(placeholders, soft_tokens)
         if soft_tokens is not None:
+            placeholders = self.get_placeholder_mask(input_ids, inputs_embeds)  # (batch, length)
+            _check_placeholders(placeholders, soft_tokens)
             inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), soft_tokens)
+        elif input_ids is not None and not torch.compiler.is_compiling():
+            # Embeddings may hold their images already; vLLM gives such, and nothing may wait for the GPU there.
+            if cache is None or cache.get_seq_length() == 0:
+                _check_placeholders(self.get_placeholder_mask(input_ids, None), None)
         if segment_ids is not None:
             if prefix_ids is None or position_ids is None or attention_mask is not None or cache is not None:
                 raise ValueError(

@@ -11,7 +11,7 @@ from conftest import LORA, Originals
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from sigphi import SigPhiConfig, SigPhiForConditionalGeneration, SigPhiProcessor
 from sigphi.hub_card.forms import export_form, form_of
@@ -283,13 +283,95 @@ def test_a_base_in_adapter_form_is_refused(made):
         load(made.root / "second", base_language_model=str(made.adapter))
 
 
+# Options of from_pretrained ------------------------------------------------------------------------------------------
+
+PUBLISHED = ("adapter", "merged", "nf4")
+
+
+def own_tensors(model: Any) -> list[torch.Tensor]:
+    """Weights that no form quantises."""
+    parts = (model.model.vision_tower, model.model.multi_modal_projector, model.lm_head)
+    return [tensor for part in parts for tensor in part.state_dict().values() if tensor.is_floating_point()]
+
+
+@pytest.mark.parametrize("form", PUBLISHED)
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_a_device_map_places_every_part(made, form, device_map):
+    model = load(made.root / form, device_map=device_map)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
+    assert torch.equal(logits_of(model, made.inputs), logits_of(load(made.root / form), made.inputs))
+    headless = AutoModel.from_pretrained(made.root / form, device_map=device_map)
+    with torch.no_grad():
+        states = headless(**made.inputs).last_hidden_state
+        assert torch.equal(states, model.model(**made.inputs).last_hidden_state)
+
+
+@pytest.mark.parametrize("form", PUBLISHED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "float32", "bfloat16", "auto"])
+def test_the_precision_that_is_asked_for_reaches_every_part(made, form, dtype):
+    model = load(made.root / form, dtype=dtype)
+    stored = load_file(made.root / form / "model.safetensors")["model.multi_modal_projector.linear_1.weight"].dtype
+    expected = stored if dtype == "auto" else dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+    assert {tensor.dtype for tensor in own_tensors(model)} == {expected}
+    logits = logits_of(model, made.inputs)
+    assert logits.dtype == expected
+    original = logits_of(load(made.root / form), made.inputs)
+    assert F.cosine_similarity(logits.float(), original.float()).min() > 0.99
+
+
+@pytest.mark.parametrize("form", PUBLISHED)
+def test_attention_implementations_agree(made, form):
+    found = {}
+    for name in ("eager", "sdpa"):
+        model = load(made.root / form, attn_implementation=name)
+        assert model.model.language_model.config._attn_implementation == name
+        found[name] = logits_of(model, made.inputs)
+    torch.testing.assert_close(found["eager"], found["sdpa"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", PUBLISHED)
+def test_4_bits_may_be_asked_of_any_form(made, form):
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = load(made.root / form, quantization_config=options, dtype=torch.bfloat16, device_map="auto")
+    found = {name.removesuffix(".base_layer") for name in quantised(model)}
+    assert found == linears(load(made.root / "merged"))
+    assert {tensor.dtype for tensor in own_tensors(model)} == {torch.bfloat16}
+    original = logits_of(load(made.root / "merged"), made.inputs)
+    assert F.cosine_similarity(logits_of(model, made.inputs).float(), original).min() > 0.9
+
+
 # A stranger ----------------------------------------------------------------------------------------------------------
 
 STRANGER = """
-import os, torch
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+import json, os, torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, pipeline
 torch.set_num_threads(1)
 root, inputs, found = os.environ["ROOT"], torch.load(os.environ["INPUTS"]), {}
+OPTIONS = {
+    "device_map": {"device_map": "auto"},
+    "attention": {"attn_implementation": "eager", "dtype": torch.bfloat16},
+    "4 bits": {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)},
+}
+
+def say(name):
+    pictures, questions = [Image.open(f"{root}/{i}.png") for i in range(2)], json.loads(os.environ["QUESTIONS"])
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+        for image, question in zip(pictures, questions)
+    ]
+    texts = [f"<image>Question: {question}\\nAnswer:" for question in questions]
+    ask = pipeline("image-text-to-text", model=f"{root}/{name}", trust_remote_code=True)
+    assert type(ask.model).__module__.startswith("transformers_modules.")
+    options = {"max_new_tokens": 4, "return_full_text": False}
+    answers = {
+        "one chat": [ask(text=chats[0], **options), ask(text=chats[1], **options)],
+        "chats": ask(text=chats, **options),
+        "chats in batches": ask(text=chats, batch_size=2, **options),
+        "images and texts": ask(images=pictures, text=texts, **options),
+    }
+    return {way: [one[0] if isinstance(one, list) else one for one in given] for way, given in answers.items()}
+
 for name in os.environ["FORMS"].split():
     model = AutoModelForImageTextToText.from_pretrained(f"{root}/{name}", trust_remote_code=True)
     headless = AutoModel.from_pretrained(f"{root}/{name}", trust_remote_code=True)
@@ -299,16 +381,30 @@ for name in os.environ["FORMS"].split():
         states = headless(**inputs).last_hidden_state
         found[name] = {"logits": model(**inputs).logits, "states": states}
     found[name]["answers"] = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    if name in os.environ["PUBLISHED"].split():
+        found[name]["said"] = {way: [one["generated_text"] for one in given] for way, given in say(name).items()}
+        for way, options in OPTIONS.items():
+            model = AutoModelForImageTextToText.from_pretrained(f"{root}/{name}", trust_remote_code=True, **options)
+            with torch.no_grad():
+                found[name][way] = model(**inputs).logits
 torch.save(found, os.environ["FOUND"])
 """
+OPTIONS: dict[str, dict[str, Any]] = {
+    "device_map": {"device_map": "auto"},
+    "attention": {"attn_implementation": "eager", "dtype": torch.bfloat16},
+    "4 bits": {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)},
+}
 FORMS = ("adapter", "merged", "nf4", "copy", "unpacked", "second")
 
 
 @pytest.fixture(scope="module")
-def found(made, run_stranger):
+def found(made, images, run_stranger):
     torch.save(made.inputs, made.root / "inputs.pt")
+    for number, image in enumerate(images):
+        image.save(made.root / f"{number}.png")
     paths = {"ROOT": made.root, "INPUTS": made.root / "inputs.pt", "FOUND": made.root / "found.pt"}
-    run_stranger(STRANGER, FORMS=" ".join(FORMS), **paths)
+    texts = {"FORMS": " ".join(FORMS), "PUBLISHED": " ".join(PUBLISHED), "QUESTIONS": json.dumps(QUESTIONS)}
+    run_stranger(STRANGER, **texts, **paths)
     return torch.load(made.root / "found.pt")
 
 
@@ -319,3 +415,24 @@ def test_every_form_is_read_by_the_same_lines_without_this_package(made, found, 
         assert torch.equal(found[form]["logits"], model(**made.inputs).logits)
         assert torch.equal(found[form]["states"], model.model(**made.inputs).last_hidden_state)
     assert torch.equal(found[form]["answers"], model.generate(**made.inputs, max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.parametrize("form", PUBLISHED)
+@pytest.mark.parametrize("way", ["one chat", "chats", "chats in batches", "images and texts"])
+def test_the_pipeline_gives_the_answers_of_generate(made, found, images, form, way):
+    model, processor = load(made.root / form), SigPhiProcessor.from_pretrained(made.root / form)
+    expected = []
+    for image, question in zip(images, QUESTIONS, strict=False):
+        inputs = processor(images=image, text=f"<image>Question: {question}\nAnswer:", return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        expected.append(processor.decode(tokens, skip_special_tokens=True))
+    assert found[form]["said"][way] == expected
+    assert len(set(expected)) == 2
+
+
+@pytest.mark.parametrize("form", PUBLISHED)
+@pytest.mark.parametrize("way", OPTIONS)
+def test_options_work_without_this_package_too(made, found, form, way):
+    model = load(made.root / form, **OPTIONS[way])
+    with torch.no_grad():
+        assert torch.equal(found[form][way], model(**made.inputs).logits)

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
     BertConfig,
+    BitsAndBytesConfig,
     ResNetConfig,
     ResNetForImageClassification,
     ResNetModel,
@@ -680,3 +681,29 @@ def test_image_feature_extraction_pipeline_gives_the_image_embeddings(tiny_encod
         with torch.no_grad():
             expected = tiny_encoder(**processor(images=image, return_tensors="pt")).image_embeds
         torch.testing.assert_close(torch.tensor(extract(image)), expected, rtol=1e-4, atol=1e-5)
+
+
+# Quantised by its reader ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [None, ["fc1"]])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_reader_s_own_quantisation_is_of_the_text_tower_alone(
+    tiny_encoder, tiny_encoder_processor, images, tmp_path, bits, given
+):
+    pytest.importorskip("bitsandbytes")
+    tiny_encoder.save_pretrained(tmp_path)
+    options = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, llm_int8_skip_modules=given)
+    model = AutoModel.from_pretrained(tmp_path, quantization_config=options)
+    assert options.llm_int8_skip_modules == given, "the reader's object stays as it is"
+    tower = {
+        name for name, module in tiny_encoder.text_model.language_model.named_modules() if type(module) is nn.Linear
+    }
+    expected = {f"text_model.language_model.{name}" for name in tower if given is None or not name.endswith("fc1")}
+    kinds = ("Linear4bit", "Linear8bitLt")
+    assert {name for name, module in model.named_modules() if type(module).__name__ in kinds} == expected
+    inputs = tiny_encoder_processor(images=images, text=["a cat", "a dog"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        outputs, original = model(**inputs), tiny_encoder(**inputs)
+    torch.testing.assert_close(outputs.image_embeds, original.image_embeds, rtol=1e-3, atol=1e-3)
+    assert F.cosine_similarity(outputs.text_embeds, original.text_embeds).min() > 0.9

@@ -244,14 +244,14 @@ def _api_error(error: ValidationError) -> ApiError:
 
 
 def _param(location: tuple[int | str, ...]) -> str:
-    """A place such as `messages[0].content`. Behind the number of a message or part pydantic writes its kind."""
-    name, is_kind = "", False
-    for step in location:
+    """A place such as `messages[0].content`. Behind the number of a message or part pydantic may write its kind."""
+    name = ""
+    for place, step in enumerate(location):
+        is_kind = place > 0 and isinstance(location[place - 1], int) and place + 1 < len(location)
         if isinstance(step, int):
             name += f"[{step}]"
         elif not is_kind:
             name += f".{step}"
-        is_kind = isinstance(step, int)
     return name.removeprefix(".")
 
 

@@ -6,12 +6,15 @@ import hmac
 import json
 import logging
 import re
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
+import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
@@ -22,12 +25,14 @@ from starlette.types import Receive, Scope, Send
 
 from sigphi.train.answer_stream import Likely, Piece
 from sigphi.train.completion_request import ApiError, CompletionRequest, read_request
-from sigphi.train.generation_queue import Finished, Generation, GenerationQueue, QueueFull, Sampling
+from sigphi.train.generation_queue import Finished, Generation, GenerationQueue, QueueFull, QueueStopped, Sampling
 
 logger = logging.getLogger(__name__)
 
 # What a browser writes there when a page has tricked it into asking this machine is that page's own name.
 _LOCAL_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
+# How long answers may go on that are being made when the server is told to end.
+SECONDS_TO_END = 5
 _SERVER_ERROR = "The server has failed; its log says why."
 
 
@@ -70,7 +75,7 @@ def create_app(served: Served) -> FastAPI:
     about = {"id": served.name, "object": "model", "created": int(time.time()), "owned_by": "sigphi"}
     preparing = asyncio.Semaphore(1)  # large pictures are read one at a time
 
-    def check_access(request: Request) -> None:
+    async def check_access(request: Request) -> None:
         _check_access(request, served.api_key)
 
     @app.get("/health")
@@ -97,6 +102,39 @@ def create_app(served: Served) -> FastAPI:
         return _CompletionStream(answers, request) if asked.stream else await _whole_completion(answers, request)
 
     return app
+
+
+class CompletionServer(uvicorn.Server):
+    """
+    The application behind a socket, until SIGINT or SIGTERM. Answers on their way then have some seconds, and none
+    with a second signal.
+
+    Args:
+        served (`Served`): what answers.
+    """
+
+    def __init__(self, served: Served) -> None:
+        # Theirs is longer, since what it breaks off fills the log.
+        seconds = 2 * SECONDS_TO_END
+        super().__init__(
+            uvicorn.Config(
+                create_app(served), log_level="warning", lifespan="off", ws="none", timeout_graceful_shutdown=seconds
+            )
+        )
+        self.generations = served.generations
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal ends it, the second one the answers, and a third one leaves it at that."""
+        if self.should_exit and self.generations.is_alive:
+            self.generations.stop()
+        else:
+            super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections, and wait for the answers."""
+        timer = asyncio.get_running_loop().call_later(SECONDS_TO_END, self.generations.stop)
+        await super().shutdown(sockets)
+        timer.cancel()
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
@@ -128,8 +166,8 @@ async def _failure(request: Request, error: Exception) -> JSONResponse:
 
 def _check_access(request: Request, api_key: str | None) -> None:
     if api_key is not None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), api_key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), api_key.encode()):
             raise ApiError("The API key is missing or wrong.", code="invalid_api_key", status=401)
     elif _LOCAL_HOST.fullmatch(request.headers.get("host", "")) is None:
         raise ApiError(
@@ -240,9 +278,11 @@ class _Answers:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     def submit(self) -> None:
-        """Raises an [`ApiError`] if too many requests wait."""
+        """Raises an [`ApiError`] if too many requests wait, or the server is ending."""
         try:
             self.served.generations.submit(self.generation)
+        except QueueStopped as error:
+            raise _ending() from error
         except QueueFull as error:
             raise ApiError(
                 "Too many requests wait already; try again later.",
@@ -257,7 +297,7 @@ class _Answers:
 
         Raises:
             ClientDisconnect: as soon as the client of `request` has gone.
-            ApiError: if the generation has failed.
+            ApiError: if the generation has failed, or the server is ending.
         """
         gone = asyncio.ensure_future(_disconnect(request))
         try:
@@ -266,6 +306,8 @@ class _Answers:
                 if isinstance(event, Finished):
                     self.num_tokens = event.num_tokens
                     break
+                if isinstance(event, QueueStopped):
+                    raise _ending() from event
                 if isinstance(event, Exception):
                     raise ApiError(_SERVER_ERROR, status=500, kind="server_error") from event
                 yield event
@@ -310,6 +352,10 @@ class _Answers:
         # Of a part of a character the bytes are not known.
         data = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": one.logprob, "bytes": data}
+
+
+def _ending() -> ApiError:
+    return ApiError("The server is ending.", code="server_stopped", status=503, kind="server_error")
 
 
 async def _disconnect(request: Request) -> None:
@@ -376,6 +422,8 @@ class _CompletionStream(StreamingResponse):
         except ApiError as error:
             yield _event(error.body)
             return
+        except ClientDisconnect:
+            return
         if with_usage:
             yield _event({**header, "choices": [], "usage": answers.usage()})
         yield "data: [DONE]\n\n"
@@ -391,4 +439,4 @@ def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data)}\n\n"
 
 
-__all__ = ["Served", "create_app", "prepare"]
+__all__ = ["SECONDS_TO_END", "CompletionServer", "Served", "create_app", "prepare"]

@@ -59,6 +59,10 @@ class QueueFull(Exception):
     """As many requests wait as may."""
 
 
+class QueueStopped(Exception):
+    """The queue has been stopped before an answer was whole."""
+
+
 @dataclass
 class Generation:
     """
@@ -67,22 +71,18 @@ class Generation:
     Args:
         inputs: what the processor makes of one prompt: `input_ids`, `attention_mask`, `pixel_values`.
         sampling (`Sampling`): how to answer.
-        deliver (`Callable`): gets each [`Piece`], then [`Finished`] or the exception that has ended it; called from
-            the generating thread.
+        deliver (`Callable`): gets each [`Piece`], then [`Finished`] or the exception that has ended it, such as
+            [`QueueStopped`]; called from the generating thread. Of one that is cancelled nothing more is told.
     """
 
     inputs: Any
     sampling: Sampling
     deliver: Callable[[Piece | Finished | Exception], None]
-    _cancelled: threading.Event = field(default_factory=threading.Event, init=False)
+    is_cancelled: bool = field(default=False, init=False)
 
     def cancel(self) -> None:
         """Nobody wants the answer any more: it is not begun, or ends with its next token."""
-        self._cancelled.set()
-
-    @property
-    def is_cancelled(self) -> bool:
-        return self._cancelled.is_set()
+        self.is_cancelled = True
 
 
 class GenerationQueue:
@@ -98,9 +98,10 @@ class GenerationQueue:
         self.model = model
         # Another thread prepares texts meanwhile, and a tokenizer that is encoding cannot decode.
         self.tokenizer = copy.deepcopy(tokenizer)
-        self._waiting: queue.Queue[Generation | None] = queue.Queue()
+        # A signal may come in the middle of `put`, and put something itself.
+        self._waiting: queue.SimpleQueue[Generation | None] = queue.SimpleQueue()
         self._max_waiting = max_waiting
-        self._is_closing = threading.Event()
+        self._is_stopped = False
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
 
     def __enter__(self) -> "GenerationQueue":
@@ -108,14 +109,18 @@ class GenerationQueue:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._is_closing.set()
-        self._waiting.put(None)
+        self.stop()
         self._thread.join()
+
+    def stop(self) -> None:
+        """End what is being answered with its next token, and answer no more."""
+        self._is_stopped = True
+        self._waiting.put(None)
 
     @property
     def is_alive(self) -> bool:
         """Whether requests are still answered."""
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._is_stopped
 
     def submit(self, generation: Generation) -> None:
         """
@@ -123,30 +128,38 @@ class GenerationQueue:
 
         Raises:
             QueueFull: if too many wait.
+            QueueStopped: if no more are answered.
         """
+        if self._is_stopped:
+            raise QueueStopped
         if self._waiting.qsize() >= self._max_waiting:
             raise QueueFull
         self._waiting.put(generation)
 
     def _run(self) -> None:
-        while (generation := self._waiting.get()) is not None and not self._is_closing.is_set():
+        # What waits when it is stopped is told so, up to the `None` that stands behind it.
+        while (generation := self._waiting.get()) is not None:
             if generation.is_cancelled:
                 continue
-            try:
-                end: Finished | Exception = Finished(self._answer(generation))
-            # Whatever it is, the next request is another one.
-            except Exception as error:
-                logger.exception("a generation has failed")
-                end = error
+            end = QueueStopped() if self._is_stopped else self._outcome(generation)
             if not generation.is_cancelled:
                 generation.deliver(end)
+
+    def _outcome(self, generation: Generation) -> Finished | Exception:
+        try:
+            num_tokens = self._answer(generation)
+        # Whatever it is, the next request is another one.
+        except Exception as error:
+            logger.exception("a generation has failed")
+            return error
+        return QueueStopped() if self._is_stopped else Finished(num_tokens)
 
     @torch.no_grad()
     def _answer(self, generation: Generation) -> int:
         sampling = generation.sampling
         answers = self._streams(sampling)
         logprobs = None if sampling.top_logprobs is None else TokenLogprobs(sampling.top_logprobs)
-        watch = _Watch(generation, answers, logprobs, self._is_closing)
+        watch = _Watch(generation, answers, logprobs, lambda: self._is_stopped)
         if sampling.temperature > 0:
             torch.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
         self.model.generate(
@@ -192,12 +205,12 @@ class _Watch(StoppingCriteria):
         generation: Generation,
         answers: list[AnswerStream],
         logprobs: TokenLogprobs | None,
-        is_closing: threading.Event,
+        is_stopped: Callable[[], bool],
     ) -> None:
-        self.generation, self.answers, self.logprobs, self.is_closing = generation, answers, logprobs, is_closing
+        self.generation, self.answers, self.logprobs, self.is_stopped = generation, answers, logprobs, is_stopped
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if self.generation.is_cancelled or self.is_closing.is_set():
+        if self.generation.is_cancelled or self.is_stopped():
             return torch.ones(len(self.answers), dtype=torch.bool, device=input_ids.device)
         for row, (answer, token_id) in enumerate(zip(self.answers, input_ids[:, -1].tolist(), strict=True)):
             if answer.finish_reason is not None:
@@ -210,4 +223,4 @@ class _Watch(StoppingCriteria):
         return torch.tensor(ended, device=input_ids.device)  # (batch,)
 
 
-__all__ = ["Finished", "Generation", "GenerationQueue", "QueueFull", "Sampling"]
+__all__ = ["Finished", "Generation", "GenerationQueue", "QueueFull", "QueueStopped", "Sampling"]

@@ -20,8 +20,6 @@ from sigphi.train.errors import UserError, run_command
 from sigphi.train.parser import parse_arguments
 
 API_KEY = "SIGPHI_API_KEY"
-# How long answers may go on that are being made when the server is told to end.
-_SECONDS_TO_END = 5
 
 
 @dataclass
@@ -124,9 +122,8 @@ def open_socket(host: str, port: int, has_key: bool) -> socket.socket:
 
 
 def _serve(model_name: str, options: ServeArguments, api_key: str | None, listening: socket.socket) -> None:
-    import uvicorn
-
-    from sigphi.train.completion_server import Served, create_app
+    # They import what `_check_installed` has found.
+    from sigphi.train.completion_server import CompletionServer, Served
     from sigphi.train.generation_queue import GenerationQueue
 
     model, processor = load_vlm(model_name)
@@ -141,19 +138,12 @@ def _serve(model_name: str, options: ServeArguments, api_key: str | None, listen
             max_body_bytes=options.max_body_mb * 10**6,
             api_key=api_key,
         )
-        config = uvicorn.Config(
-            create_app(served),
-            log_level="warning",
-            lifespan="off",
-            ws="none",
-            timeout_graceful_shutdown=_SECONDS_TO_END,
-        )
         _listen(listening)
         sys.stdout.write(f"Serving {name} at {_address(listening)}/v1; Ctrl-C ends it.\n")
         sys.stdout.flush()
         # uvicorn hands on the signal that has ended it.
         signal.signal(signal.SIGTERM, _terminate)
-        uvicorn.Server(config).run(sockets=[listening])
+        CompletionServer(served).run(sockets=[listening])
 
 
 def _listen(bound: socket.socket) -> None:
