@@ -155,6 +155,9 @@ class SigPhiPreTrainedModel(PreTrainedModel):
                     kwargs["quantization_config"], NOT_QUANTIZED, by_default=["lm_head"]
                 )
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            tower = (loaded[0] if isinstance(loaded, tuple) else loaded).base_model.vision_tower
+            # Of what is stored quantised, transformers leaves the statistics of BatchNorm in the stored precision.
+            tower.to(tower.projection.weight.dtype)
         else:
             loaded = cls._from_adapter(pretrained_model_name_or_path, config, **dict(kwargs))
         check_weights(pretrained_model_name_or_path, config.weight_hashes, **kwargs)

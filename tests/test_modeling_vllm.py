@@ -42,8 +42,8 @@ def saved(make_vlm, shared, images, tmp_path_factory):
     )
 
 
-@pytest.fixture
-def attention(monkeypatch):
+@pytest.fixture(autouse=True)
+def attention():
     """An attention of one's own under the name `replayed`, as vLLM registers its; the layers that it has served."""
     served: list[int] = []
 

@@ -374,6 +374,26 @@ def test_a_failed_generation_is_an_error_and_the_next_one_is_answered(running, i
     assert running.request("/health") == (200, {"status": "ok"})
 
 
+def test_a_server_that_ends_tells_those_who_wait(make_vlm, shared, images):
+    processor = SigPhiProcessor(shared["image_processor"], shared["tokenizer"])
+    with Running(make_vlm(), processor) as server, ThreadPoolExecutor(1) as other:
+        server.slowly = 0.05
+        stream = server.complete(user("What?", images[0]), stream=True, max_tokens=100)
+        assert any(chunk.choices[0].delta.content for chunk in stream)
+        waiting = other.submit(server.complete, user("A?", images[0]))
+        while server.generations._waiting.qsize() == 0:
+            time.sleep(0.01)
+        # As the second Ctrl-C, or the first one some seconds later.
+        server.server.should_exit = True
+        server.server.handle_exit(signal.SIGINT, None)
+        with pytest.raises(openai.APIError, match="The server is ending"):
+            list(stream)
+        with pytest.raises(openai.InternalServerError, match="The server is ending") as caught:
+            waiting.result(timeout=30)
+        assert (caught.value.status_code, caught.value.body["code"]) == (503, "server_stopped")
+        assert server.steps < 60
+
+
 # Errors and other routes ---------------------------------------------------------------------------------------------
 
 
@@ -561,10 +581,8 @@ def test_the_command_serves_until_it_is_told_to_end(make_lora_vlm, shared, image
         )
         next(iter(stream))
         process.send_signal(number)
-        started = time.monotonic()
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
         assert process.returncode == code
-        assert time.monotonic() - started < 15
         assert "Traceback" not in err and "secret-1" not in out + err
     finally:
         process.kill()
