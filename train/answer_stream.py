@@ -55,13 +55,13 @@ class Piece(NamedTuple):
     What has become certain of an answer.
 
     Args:
-        index (`int`): which of the answers to one request.
+        choice (`int`): which of the answers to one request.
         text (`str`): goes on behind the piece before.
         tokens (`list[list[Likely]]`): of this text, where that was asked for, see [`TokenLogprobs.of`].
         finish_reason (`str`, *optional*): `"stop"` at the end of the answer, `"length"` where it was cut off.
     """
 
-    index: int
+    choice: int
     text: str
     tokens: list[list[Likely]]
     finish_reason: str | None
@@ -74,7 +74,7 @@ class AnswerStream:
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): of the model.
-        index (`int`): which of the answers to one request.
+        choice (`int`): which of the answers to one request.
         end_ids (`frozenset[int]`): the tokens that end an answer.
         max_new_tokens (`int`): its longest length in tokens.
         stop (`Sequence[str]`, *optional*): texts that end it, and are left out.
@@ -85,7 +85,7 @@ class AnswerStream:
     """
 
     tokenizer: Any
-    index: int
+    choice: int
     end_ids: frozenset[int]
     max_new_tokens: int
     stop: Sequence[str] = ()
@@ -134,7 +134,7 @@ class AnswerStream:
         self._shown += len(new)
         tokens = [likely for start, likely in self._waiting if start < self._shown]
         self._waiting = self._waiting[len(tokens) :]
-        return Piece(self.index, new, tokens, self.finish_reason)
+        return Piece(self.choice, new, tokens, self.finish_reason)
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:

@@ -319,7 +319,8 @@ class _Answers:
     async def _next(self, gone: asyncio.Future[None]) -> Piece | Finished | Exception:
         event = asyncio.ensure_future(self._events.get())
         try:
-            await asyncio.wait([event, gone], return_when=asyncio.FIRST_COMPLETED)
+            both: list[asyncio.Future[Any]] = [event, gone]
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         finally:
             if not event.done():
                 event.cancel()
@@ -375,9 +376,9 @@ async def _whole_completion(answers: _Answers, request: Request) -> JSONResponse
     reasons: list[str | None] = [None] * len(texts)
     try:
         async for piece in answers.pieces(request):
-            texts[piece.index] += piece.text
-            tokens[piece.index] += piece.tokens
-            reasons[piece.index] = piece.finish_reason
+            texts[piece.choice] += piece.text
+            tokens[piece.choice] += piece.tokens
+            reasons[piece.choice] = piece.finish_reason
     finally:
         answers.generation.cancel()
     choices = [
@@ -416,9 +417,9 @@ class _CompletionStream(StreamingResponse):
             async for piece in answers.pieces(request):
                 if piece.text or piece.tokens:
                     delta, logprobs = {"content": piece.text}, answers.logprobs(piece.tokens)
-                    yield _event({**header, "choices": [_choice(piece.index, delta, logprobs, None)]})
+                    yield _event({**header, "choices": [_choice(piece.choice, delta, logprobs, None)]})
                 if piece.finish_reason is not None:
-                    yield _event({**header, "choices": [_choice(piece.index, {}, None, piece.finish_reason)]})
+                    yield _event({**header, "choices": [_choice(piece.choice, {}, None, piece.finish_reason)]})
         except ApiError as error:
             yield _event(error.body)
             return
