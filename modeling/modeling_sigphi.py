@@ -155,9 +155,9 @@ class SigPhiPreTrainedModel(PreTrainedModel):
                     kwargs["quantization_config"], NOT_QUANTIZED, by_default=["lm_head"]
                 )
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-            tower = (loaded[0] if isinstance(loaded, tuple) else loaded).base_model.vision_tower
-            # Of what is stored quantised, transformers leaves the statistics of BatchNorm in the stored precision.
-            tower.to(tower.projection.weight.dtype)
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype", "auto"))
+            if "quantization_config" in vars(config) and dtype not in ("auto", None):
+                _keep_in(loaded[0] if isinstance(loaded, tuple) else loaded, dtype)
         else:
             loaded = cls._from_adapter(pretrained_model_name_or_path, config, **dict(kwargs))
         check_weights(pretrained_model_name_or_path, config.weight_hashes, **kwargs)
@@ -270,6 +270,18 @@ def keep_4bit_weights(model: nn.Module) -> None:
     layers: list[Any] = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
+
+
+def _keep_in(model: PreTrainedModel, dtype: torch.dtype | str) -> None:
+    """
+    Bring what is not quantised to a precision, in place: of a model that is stored quantised, transformers leaves part
+    of it in the stored one.
+    """
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter and parameter.is_floating_point():  # those of bitsandbytes are subclasses
+            parameter.data = parameter.data.to(dtype)
+    model.base_model.vision_tower.to(dtype)  # the statistics of BatchNorm too
 
 
 class SigPhiModel(SigPhiPreTrainedModel):
