@@ -58,7 +58,7 @@ def write_card(
         "model_id": json.dumps(name, ensure_ascii=False),
         "pinned": "" if revision is None else f', revision="{revision}"',
         "pin": _pin(revision),
-        "packages": " ".join(_packages(config)),
+        "packages": " ".join(packages(config)),
         "projection_dim": config.get("projection_dim", 512),
         "num_image_tokens": config.get("num_image_tokens", 1),
         "image_size": image_size,
@@ -89,13 +89,14 @@ def _pin(revision: str | None) -> str:
     )
 
 
-def _packages(config: dict[str, Any]) -> list[str]:
-    packages = ["torch", "transformers", "pillow"]
+def packages(config: dict[str, Any]) -> list[str]:
+    """The packages that loading a model needs, by the content of its `config.json`."""
+    names = ["torch", "transformers", "pillow"]
     if config.get("base_language_model"):
-        packages.append("peft")
+        names.append("peft")
     if config.get("base_bits", 16) != 16 or config.get("quantization_config"):
-        packages += ["accelerate", "bitsandbytes"]
-    return packages
+        names += ["accelerate", "bitsandbytes"]
+    return names
 
 
 def _text_code(config: dict[str, Any]) -> str:
@@ -280,4 +281,4 @@ def _training(data: dict[str, Any]) -> str:
     return table(["fact", "value"], [[name.replace("_", " "), _fact(value)] for name, value in facts.items()])
 
 
-__all__ = ["CARD", "TEMPLATES", "figure_text", "write_card"]
+__all__ = ["CARD", "TEMPLATES", "figure_text", "packages", "write_card"]

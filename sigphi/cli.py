@@ -24,6 +24,7 @@ COMMANDS = {
     "ask": ("sigphi.train.ask", "answer questions about an image"),
     "serve": ("sigphi.train.serve", "answer over HTTP as OpenAI's chat completions do, on 127.0.0.1"),
     "describe": ("sigphi.train.describe", "write a detailed description of each image"),
+    "demo": ("sigphi.train.demo", "ask about pictures on a page in the browser, on this machine"),
     "merge": ("sigphi.train.merge", "merge LoRA into the language model, and measure what that changes"),
     "export": ("sigphi.train.export", "write a VLM as adapter, merged or 4-bit model, and measure what that changes"),
     "replay": ("sigphi.train.replay", "run the training step again that a NaN has stopped"),

@@ -1,10 +1,12 @@
 """Which answers are shown, and the two files that show them. The table itself is tested with the evaluation."""
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from sigphi.train.predictions import worst_and_best, write_samples
+from sigphi.train.predictions import SAMPLES_COLUMNS, worst_and_best, write_samples
+from sigphi.train.report import picture_grid, pictures_of_grid
 
 
 def table(*rows: tuple[int, str, float, bool | None]) -> pd.DataFrame:
@@ -47,12 +49,12 @@ def test_the_files_say_which_picture_is_which(toy_dataset, tmp_path):
         "| 3 | What \\| is it? | A cat. | A dog. | 0.80 |",
     ]
     assert lines.index("## Wrong") < lines.index(numbered[1]) < lines.index("## Right") < lines.index(numbered[2])
-    grid = Image.open(tmp_path / "eval_samples.png")
+    with Image.open(tmp_path / "eval_samples.png") as grid:
+        shown = pictures_of_grid(grid, SAMPLES_COLUMNS)
     # The second picture is that of the third row.
-    size, position = 128, 8 + 136
-    shown = grid.crop((position, 8, position + size, 8 + size)).resize((32, 32), Image.Resampling.NEAREST)
-    expected = toy_dataset[2]["image"].convert("RGB")
-    assert shown.crop((8, 8, 32, 32)).tobytes() == expected.crop((8, 8, 32, 32)).tobytes()
+    assert [picture.tobytes() for picture in shown] == [
+        toy_dataset[row]["image"].convert("RGB").tobytes() for row in (0, 2, 1)
+    ]
 
 
 @pytest.mark.parametrize("older", [True, False])
@@ -62,3 +64,20 @@ def test_nothing_to_show_leaves_no_files(older, toy_dataset, tmp_path):
     table((0, "", 0.5, None)).to_parquet(tmp_path / "predictions.parquet")
     write_samples(tmp_path, toy_dataset)
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.parquet"]
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 8), (5, 2), (6, 3), (16, 8)])
+def test_a_grid_gives_back_its_pictures(count, columns):
+    noise = np.random.default_rng(0)
+    pictures = [Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
+    pictures[0] = Image.new("RGB", (32, 32), "white")
+    grid = picture_grid(pictures, columns)
+    assert [one.tobytes() for one in pictures_of_grid(grid, columns)] == [one.tobytes() for one in pictures]
+    assert pictures_of_grid(grid.crop((0, 0, grid.width, grid.height - 1)), columns) == []
+    assert pictures_of_grid(Image.new("RGB", (1096, 8 + 2 * 136)), 8) == []  # one with the numbers on the pictures
+
+
+def test_a_picture_of_another_size_comes_back_enlarged():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 30, 3), dtype=np.uint8))
+    (back,) = pictures_of_grid(picture_grid([picture]), 4)
+    assert back.tobytes() == picture.resize((128, 128), Image.Resampling.NEAREST).tobytes()

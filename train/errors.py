@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 
 # What a shell reports for a process that Ctrl-C ended: 128 + SIGINT.
 INTERRUPTED = 130
@@ -15,6 +16,12 @@ class UserError(ValueError):
     The message is one or two lines that name the value, the place and the remedy. A command that ends on it
     prints just these lines and exits with code 2, see [`run_command`].
     """
+
+
+def check_gradio(option: str) -> None:
+    """Raise a [`UserError`] unless gradio is installed, which `option` needs."""
+    if find_spec("gradio") is None:
+        raise UserError(f"{option} needs gradio: pip install 'sigphi[demo]'.")
 
 
 def printable(text: str) -> str:
@@ -55,4 +62,4 @@ def _show_log(level: int) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-__all__ = ["INTERRUPTED", "UserError", "printable", "run_command"]
+__all__ = ["INTERRUPTED", "UserError", "check_gradio", "printable", "run_command"]

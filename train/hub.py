@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.hf_argparser import HfArg
 
 from sigphi.hub_card.markdown import is_license
+from sigphi.hub_card.release import leaks
 from sigphi.train.errors import UserError
 
 _REMEDIES = {
@@ -81,7 +82,7 @@ class HubRepo:
 
     Args:
         options (`PublishArguments`): which, and how.
-        repo_type (`str`): `"model"` or `"dataset"`.
+        repo_type (`str`): `"model"`, `"dataset"` or `"space"`, which is made for gradio.
         token (`str`, *optional*): by default the one that `huggingface_hub` finds in HF_TOKEN or in its own place.
         option (`str`, *optional*, defaults to `"--repo-id"`): where the user has named it, for messages.
     """
@@ -102,7 +103,8 @@ class HubRepo:
         """
         name, branch = self.options.repo_id, self.options.revision
         with self.errors():
-            self.api.create_repo(**self.where, private=self.options.private or None, exist_ok=True)
+            sdk = "gradio" if self.where["repo_type"] == "space" else None
+            self.api.create_repo(**self.where, private=self.options.private or None, exist_ok=True, space_sdk=sdk)
             if self.options.private and not self.api.repo_info(**self.where).private:
                 raise UserError(
                     f"{self.option} {name} is there already, and public; make it private in its settings first, "
@@ -177,6 +179,27 @@ def files_in(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def check_no_secrets(staged: Path, folder: Path, shown: Path, token: str | None = None) -> None:
+    """
+    Check what is to be published.
+
+    Args:
+        staged (`Path`): the files.
+        folder (`Path`): the model's, whose path must not be in them.
+        shown (`Path`): how the user knows the folder of the files, for messages.
+        token (`str`, *optional*): the one that publishes, by default that of `huggingface_hub`.
+
+    Raises:
+        UserError: if a file holds a path of this machine or a token.
+    """
+    secrets = {"the path of the model's folder": str(folder.resolve()), "a path of your home": f"{Path.home()}/"}
+    secrets["your token of the Hub"] = token or get_token() or ""
+    found = leaks(staged, {what: text for what, text in secrets.items() if text.strip("/")})
+    if found:
+        name, what = found[0]
+        raise UserError(f"{shown / name} holds {what}; nothing has been uploaded. Remove it from the file.")
+
+
 @contextmanager
 def hub_errors(repo_id: str, option: str = "--repo-id") -> Iterator[None]:
     """Turn what `huggingface_hub` raises into [`UserError`]s with a remedy.
@@ -212,4 +235,13 @@ def hub_errors(repo_id: str, option: str = "--repo-id") -> Iterator[None]:
         raise UserError(f"{option} {repo_id}: the Hub refuses the card: {reason} Check --license.") from error
 
 
-__all__ = ["HubRepo", "PublishArguments", "check_license", "check_login", "check_repo_id", "files_in", "hub_errors"]
+__all__ = [
+    "HubRepo",
+    "PublishArguments",
+    "check_license",
+    "check_login",
+    "check_no_secrets",
+    "check_repo_id",
+    "files_in",
+    "hub_errors",
+]

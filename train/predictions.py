@@ -13,6 +13,7 @@ from sigphi.train.report import markdown_table, picture_grid
 
 PREDICTIONS = "predictions.parquet"
 SAMPLES = "eval_samples"
+SAMPLES_COLUMNS = 8
 # What is said in place of an answer with less confidence than is wanted.
 ABSTAINED = "I am not sure enough to answer."
 
@@ -97,7 +98,9 @@ def write_samples(folder: Path, dataset: datasets.Dataset) -> None:
         (folder / f"{SAMPLES}{suffix}").unlink(missing_ok=True)  # older ones would contradict the table
     if shown.empty:
         return
-    picture_grid([dataset[row]["image"] for row in shown.index.tolist()], columns=8).save(folder / f"{SAMPLES}.png")
+    picture_grid([dataset[row]["image"] for row in shown.index.tolist()], columns=SAMPLES_COLUMNS).save(
+        folder / f"{SAMPLES}.png"
+    )
     header = ["image", "question", "true answer", "given answer", "confidence"]
     columns = shown[["question", "true_answer", "given_answer"]].itertuples(index=False)
     lines = [
@@ -119,4 +122,13 @@ Confidence is the geometric mean of the probabilities of the answer's tokens. Al
     (folder / f"{SAMPLES}.md").write_text(text, encoding="utf-8")
 
 
-__all__ = ["ABSTAINED", "PREDICTIONS", "Given", "worst_and_best", "write_predictions", "write_samples"]
+__all__ = [
+    "ABSTAINED",
+    "PREDICTIONS",
+    "SAMPLES",
+    "SAMPLES_COLUMNS",
+    "Given",
+    "worst_and_best",
+    "write_predictions",
+    "write_samples",
+]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedConfig, TrainingArguments
 from transformers.hf_argparser import HfArg
 
@@ -23,10 +23,19 @@ from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
 from sigphi.configuration.configuration_sigphi import SigPhiConfig
 from sigphi.hub_card.cards import CARD, write_card
 from sigphi.hub_card.markdown import is_local
-from sigphi.hub_card.release import RECORD, broken_weights, is_published, leaks, stage
+from sigphi.hub_card.release import RECORD, broken_weights, is_published, stage
 from sigphi.train.checkpoints import commit_on_hub, is_commit, read_config
-from sigphi.train.errors import UserError, printable
-from sigphi.train.hub import HubRepo, PublishArguments, check_license, check_login, files_in, hub_errors
+from sigphi.train.errors import UserError, check_gradio, printable
+from sigphi.train.hub import (
+    HubRepo,
+    PublishArguments,
+    check_license,
+    check_login,
+    check_no_secrets,
+    check_repo_id,
+    files_in,
+    hub_errors,
+)
 from sigphi.train.parser import parse_arguments
 from sigphi.train.records import TRAINING_DATA
 
@@ -62,10 +71,17 @@ class PushArguments(SourceArguments, PublishArguments):
     _argument_group_name = "push"
 
     license: str = HfArg(help="License of the model, as the Hub writes it.", default="apache-2.0")
+    space: str | None = HfArg(
+        help="Publish the page of `sigphi demo` about the VLM too, as the Space OWNER/NAME; made if need be.",
+        default=None,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_license(self.license)
+        if self.space is not None:
+            check_repo_id("--space", self.space)
+            check_gradio("--space")
 
 
 def check_sources(config: PreTrainedConfig, sources: SourceArguments, place: str) -> None:
@@ -221,12 +237,7 @@ def prepare(folder: Path, target: Path, sources: SourceArguments, token: str | N
     left_out = stage(folder, target, pinned_sources(folder, config, sources))
     if left_out:
         logger.info("left out of what is published: %s", printable(", ".join(left_out)))
-    secrets = {"the path of the model's folder": str(folder.resolve()), "a path of your home": f"{Path.home()}/"}
-    secrets["your token of the Hub"] = token or get_token() or ""
-    found = leaks(target, {what: text for what, text in secrets.items() if text.strip("/")})
-    if found:
-        name, what = found[0]
-        raise UserError(f"{folder / name} holds {what}; nothing has been uploaded. Remove it from the file.")
+    check_no_secrets(target, folder, folder, token)
 
 
 def publish(folder: Path, repo: HubRepo, license: str = "apache-2.0", message: str = "Model with its card") -> Any:
@@ -324,13 +335,24 @@ def main(argv: list[str]) -> None:
         raise UserError(f"MODEL {model}: there is no such folder; give the one that a training left.")
     config = read_config(model, "MODEL", *LOADERS)
     check_sources(config, options, model)
+    if options.space is not None and config.model_type != SigPhiConfig.model_type:
+        raise UserError(f"--space {options.space}: the page asks a VLM, and {model} is an encoder. Leave it out.")
     check_login(options.repo_id)
+    repo = HubRepo(options, "model")
     with tempfile.TemporaryDirectory(prefix="sigphi-") as staging:
         prepare(folder, Path(staging), options)
-        repo = HubRepo(options, "model")
+        space = None
+        if options.space is not None:
+            from sigphi.train import push_space  # needs gradio
+
+            space = push_space.draft_space(folder, options, options.license, options.siglip_checkpoint)
         commit, weights = publish(Path(staging), repo, options.license)
     address, _ = repo.address(commit)
     sys.stdout.write(f"{address}\n{loading_line(config.model_type, options.repo_id, weights)}\n")
+    if space is not None:
+        sys.stdout.flush()
+        space.revision = weights
+        sys.stdout.write(f"{push_space.publish_space(space, repo, options.space, folder)}\n")
 
 
 __all__ = [

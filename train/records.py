@@ -71,15 +71,27 @@ def write_training_data(
 
 def training_record(model: str) -> dict[str, Any]:
     """What a model's folder or repository records of its training, see [`write_training_data`]; else nothing."""
-    path = Path(model, TRAINING_DATA)
-    if not path.exists():
-        if looks_like_path(model):
-            return {}
-        try:
-            path = Path(hf_hub_download(model, TRAINING_DATA))
-        except EntryNotFoundError:  # also where there is no network, and no copy in the cache
-            return {}
-    return json.loads(path.read_text(encoding="utf-8"))
+    path = file_of(model, TRAINING_DATA)
+    return {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+
+
+def file_of(model: str, name: str) -> Path | None:
+    """
+    A file in a model's folder or repository, if there is one.
+
+    Args:
+        model (`str`): a folder or Hub id.
+        name (`str`): of the file.
+    """
+    path = Path(model, name)
+    if path.exists():
+        return path
+    if looks_like_path(model):
+        return None
+    try:
+        return Path(hf_hub_download(model, name))
+    except EntryNotFoundError:  # also where there is no network, and no copy in the cache
+        return None
 
 
 def environment() -> dict[str, str]:
@@ -101,6 +113,7 @@ __all__ = [
     "TRAINING_DATA",
     "durable_name",
     "environment",
+    "file_of",
     "training_record",
     "write_json",
     "write_training_data",

@@ -19,6 +19,8 @@ from sigphi.train.records import LOG_HISTORY, write_json
 logger = logging.getLogger(__name__)
 
 CONFUSION_MATRIX = "confusion_matrix.json"
+# Of a grid of pictures, in pixels: between them, and above each for its number.
+_GAP, _NUMBER = 8, 16
 
 
 def write_loss_curve(log_history: list[dict[str, Any]], folder: Path) -> None:
@@ -112,16 +114,51 @@ class Answered:
 
 
 def picture_grid(images: Sequence[Image.Image], columns: int = 4, size: int = 128) -> Image.Image:
-    """The images, enlarged to `size` pixels and numbered from 1, in rows of `columns`."""
+    """The images, enlarged to `size` pixels, in rows of `columns`; above each its number, from 1 on."""
     rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * (size + 8) + 8, rows * (size + 8) + 8), "white")
+    width, height = _grid_size(rows, columns, size)
+    grid = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(grid)
     for position, image in enumerate(images):
-        corner = (8 + position % columns * (size + 8), 8 + position // columns * (size + 8))
-        grid.paste(image.convert("RGB").resize((size, size), Image.Resampling.NEAREST), corner)
-        draw.rectangle([corner, (corner[0] + 20, corner[1] + 14)], fill="black")
-        draw.text((corner[0] + 4, corner[1] + 1), str(position + 1), fill="white")
+        left, top = _corner(position, columns, size)
+        grid.paste(image.convert("RGB").resize((size, size), Image.Resampling.NEAREST), (left, top))
+        draw.text((left, top - _NUMBER), str(position + 1), fill="black")
     return grid
+
+
+def pictures_of_grid(grid: Image.Image, columns: int, size: int = 128, original: int = 32) -> list[Image.Image]:
+    """
+    The pictures of a [`picture_grid`]; none of any other picture.
+
+    Args:
+        grid (`PIL.Image.Image`): the grid.
+        columns, size (`int`): as it was made with.
+        original (`int`, *optional*, defaults to 32): pixels of a side before they were enlarged; a picture that is no
+            enlarged one of that size is returned as it is.
+    """
+    rows = (grid.height - _GAP) // (size + _NUMBER + _GAP)
+    if grid.size != _grid_size(rows, columns, size):
+        return []
+    pictures = []
+    for position in range(rows * columns):
+        left, top = _corner(position, columns, size)
+        if grid.crop((left, top - _NUMBER, left + size, top)).convert("L").getextrema() == (255, 255):
+            break  # no number, so the last row is at its end
+        shown = grid.crop((left, top, left + size, top + size))
+        small = shown.resize((original, original), Image.Resampling.NEAREST)
+        is_enlarged = small.resize((size, size), Image.Resampling.NEAREST).tobytes() == shown.tobytes()
+        pictures.append(small if is_enlarged else shown)
+    return pictures
+
+
+def _grid_size(rows: int, columns: int, size: int) -> tuple[int, int]:
+    return columns * (size + _GAP) + _GAP, rows * (size + _NUMBER + _GAP) + _GAP
+
+
+def _corner(position: int, columns: int, size: int) -> tuple[int, int]:
+    """Left and top of a picture in a grid."""
+    row, column = divmod(position, columns)
+    return _GAP + column * (size + _GAP), _GAP + _NUMBER + row * (size + _NUMBER + _GAP)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -131,4 +168,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
-__all__ = ["Answered", "markdown_table", "picture_grid", "write_confusion_matrix", "write_loss_curve"]
+__all__ = [
+    "Answered",
+    "markdown_table",
+    "picture_grid",
+    "pictures_of_grid",
+    "write_confusion_matrix",
+    "write_loss_curve",
+]
