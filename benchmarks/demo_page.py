@@ -7,7 +7,6 @@ Needs selenium, Chromium and its driver: `pip install selenium`, `apt-get instal
 
 import argparse
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 from selenium import webdriver
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
@@ -38,24 +38,28 @@ def browser_programs() -> tuple[str, str] | None:
 
 
 @contextmanager
-def served(command: list[str], **environment: str) -> Iterator[str]:
-    """Run a command that serves a page, and give the address that it prints."""
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | environment
-        )
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                address = re.search(r"http://\S+", line)
-                if address is not None:
-                    yield address[0].rstrip("/")
-                    return
-            errors.seek(0)
-            raise RuntimeError(f"{command} has ended without an address:\n{errors.read()[-3000:]}")
-        finally:
-            process.terminate()
-            process.wait(PATIENCE)
+def served(command: list[str], log: Path, **options: Any) -> Iterator[str]:
+    """
+    Run a command that serves a page, and give the address that it prints.
+
+    Args:
+        command (`list[str]`): the command.
+        log (`Path`): file for its standard error.
+        options: of `subprocess.Popen`.
+    """
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, **options)
+    assert process.stdout is not None
+    try:
+        lines = (re.search(r"http://\S+", line) for line in process.stdout)
+        address = next(filter(None, lines), None)
+        if address is None:
+            raise RuntimeError(f"{command} has ended without an address:\n{log.read_text()[-3000:]}")
+        yield address[0].rstrip("/")
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+        process.stdout.close()
 
 
 class Page:
@@ -82,18 +86,13 @@ class Page:
 
     def wait(self, condition: Any) -> Any:
         """Wait until something is true, and return it."""
-        return WebDriverWait(self.driver, PATIENCE, ignored_exceptions=self._passing()).until(lambda _: condition())
-
-    @staticmethod
-    def _passing() -> tuple[type[Exception], ...]:
-        from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
-
-        return NoSuchElementException, StaleElementReferenceException
+        passing = (NoSuchElementException, StaleElementReferenceException)
+        return WebDriverWait(self.driver, PATIENCE, ignored_exceptions=passing).until(lambda _: condition())
 
     def upload(self, path: Path) -> None:
         """Choose a file of this machine, in place of the picture that is there."""
         if self.all("#picture img"):
-            self.at("#picture button[aria-label='Clear'], #picture button[title='Clear']").click()
+            self.at("#picture button[title='Remove Image']").click()
             self.wait(lambda: not self.all("#picture img"))
         self.at("#picture input[type=file]").send_keys(str(path.resolve()))
 
@@ -104,7 +103,7 @@ class Page:
 
     def choose_example(self, number: int, what: str) -> None:
         """Click one of the examples; `what` is `"pictures"` or `"questions"`."""
-        self.all(f"#example-{what} button.gallery-item, #example-{what} .gallery-item")[number].click()
+        self.all(f"#example-{what} .gallery-item")[number].click()
 
     def type_question(self, question: str) -> None:
         """Write a question in place of the one that is there."""
@@ -128,12 +127,19 @@ class Page:
     def _value(self, name: str) -> str:
         return self.at(f"#{name} textarea, #{name} input").get_property("value")
 
-    def message(self) -> str:
-        """Press the button and wait for the message that there is no answer; it is closed again."""
+    def refusal(self) -> str:
+        """Press the button and wait for the message that says why there is no answer; it is closed again."""
         self.at("#ask").click()
-        text = self.wait(lambda: self.at(".toast-body").text.strip())
-        self.at(".toast-close").click()
-        self.wait(lambda: not self.all(".toast-body"))
+        return self.message()
+
+    def message(self) -> str:
+        """Wait for a message, and close it."""
+        # Messages move and go by themselves, so that an element that was found may be gone already.
+        read = "return [...document.querySelectorAll('[data-testid=toast-text]')].map(e => e.textContent).join(' ')"
+        close = "document.querySelectorAll('[data-testid=toast-close]').forEach(e => e.click())"
+        text = self.wait(lambda: self.driver.execute_script(read).strip())
+        self.driver.execute_script(close)
+        self.wait(lambda: not self.driver.execute_script(read))
         return text
 
     def requested_elsewhere(self) -> list[str]:
@@ -145,7 +151,7 @@ class Page:
 
 
 @contextmanager
-def opened(address: str, width: int = 1200, height: int = 1000) -> Iterator[Page]:
+def opened(address: str, width: int = 1200, height: int = 1220) -> Iterator[Page]:
     """The page of an address in a browser without a window."""
     programs = browser_programs()
     if programs is None:
@@ -184,7 +190,8 @@ def main() -> None:
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("--output", type=Path, default=SCREENSHOT)
     options = parser.parse_args()
-    with served(demo_command(options.model)) as address, opened(address) as page:
+    log = Path(tempfile.mkdtemp(), "demo.log")
+    with served(demo_command(options.model), log) as address, opened(address) as page:
         page.show_picture(options.picture)
         page.type_question(options.question)
         sys.stdout.write(json.dumps(page.ask(), indent=2) + "\n")

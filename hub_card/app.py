@@ -25,6 +25,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 SETTINGS, CLASSES, EXAMPLES = "demo.json", "classes.safetensors", "examples"
 MAX_PIXELS = 50_000_000
 MAX_QUESTION = 500
+# Pictures of 32 pixels are shown as large as there is room, and each pixel of theirs can be seen.
+CSS = "#picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }"
 CHANGES = "**The answer changes without the picture**"
 STAYS = "**The same answer without the picture**: nothing here shows that the model looked"
 
@@ -284,6 +286,7 @@ def serve(page: gr.Blocks, **options: Any) -> str:
         footer_links=["api"],
         enable_monitoring=False,
         ssr_mode=False,
+        css=CSS,
         **options,
     )
     return address

@@ -27,6 +27,8 @@ KIND = r"(?P<kind>models|datasets|spaces)"
 REPO = r"(?P<repo>[^/]+/[^/]+?)"
 REVISION = r"(?P<revision>[^/]+)"
 NOW = "2026-01-01T00:00:00.000Z"
+SDKS = ("gradio", "docker", "static", "streamlit")
+COLORS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
 LICENSES = ("apache-2.0", "cc-by-4.0", "mit", "other", "unknown")  # some of those that the Hub knows
 
 # What a listing says of a file: its `oid`, its `size`, and `lfs` where it is one.
@@ -42,9 +44,13 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A repository; `branches` and `tags` map names to keys of `commits`. A pull request is the branch `refs/pr/1`."""
+    """A repository; `branches` and `tags` map names to keys of `commits`. A pull request is the branch `refs/pr/1`.
+
+    A Space has an `sdk`: the one that its card names, or else the one that it was made for.
+    """
 
     private: bool = False
+    sdk: str | None = None
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -194,9 +200,16 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"type": "user", "name": self.hub.user, "orgs": [], "auth": token})
 
     def validate_yaml(self, data: bytes) -> None:
-        stated = re.search(r"^license: (.+)$", json.loads(data)["content"], re.MULTILINE)
-        is_wrong = stated is not None and stated[1] not in LICENSES
-        errors = [{"message": '"license" must be one of ' + ", ".join(LICENSES)}] if is_wrong else []
+        body = json.loads(data)
+        card = dict(re.findall(r"^(\w+): (.+)$", body["content"], re.MULTILINE))
+        allowed = {"license": LICENSES}
+        if body.get("repoType") == "space":
+            allowed |= {"sdk": SDKS, "colorFrom": COLORS, "colorTo": COLORS}
+            card.setdefault("sdk", "")
+        wrong = {name: values for name, values in allowed.items() if name in card and card[name] not in values}
+        errors = [{"message": f'"{name}" must be one of ' + ", ".join(values)} for name, values in wrong.items()]
+        if len(card.get("short_description", "")) > 60:
+            errors.append({"message": '"short_description" length must be less than or equal to 60 characters long'})
         self.reply({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def agent_harnesses(self, data: bytes) -> None:
@@ -207,9 +220,11 @@ class Handler(BaseHTTPRequestHandler):
         kind = body.get("type", "model") + "s"
         repo = f"{body.get('organization') or self.hub.user}/{body['name']}"
         self.demand_write(repo)
+        if kind == "spaces" and body.get("sdk") not in SDKS:
+            raise Refusal(400, "", f'"sdk" must be one of {", ".join(SDKS)}')
         status = 409 if (kind, repo) in self.hub.repos else 200
         private = body.get("visibility") == "private" or bool(body.get("private"))
-        self.hub.repos.setdefault((kind, repo), Repo(private))
+        self.hub.repos.setdefault((kind, repo), Repo(private, body.get("sdk")))
         prefix = "" if kind == "models" else kind + "/"
         self.reply({"url": f"{self.hub.url}/{prefix}{repo}", "name": repo}, status)
 
@@ -271,7 +286,10 @@ class Handler(BaseHTTPRequestHandler):
         answer = {"id": repo, "sha": name, "gated": False, "tags": [], "downloads": 0, "likes": 0}
         answer |= {"private": found.private, "lastModified": NOW, "createdAt": NOW}
         answer |= {"siblings": [{"rfilename": path} for path in files]}
-        answer |= {key: card.get(key) for key in ("pipeline_tag", "library_name")}
+        if kind == "spaces":
+            answer |= {"sdk": card.get("sdk", found.sdk)}
+        else:
+            answer |= {key: card.get(key) for key in ("pipeline_tag", "library_name")}
         self.reply(answer)
 
     def tree(self, data: bytes, kind: str, repo: str, revision: str, path: str) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -60,7 +61,7 @@ def test_answers_and_confidence_are_those_of_ask(kind, demo, images, tmp_path):
         "clear": lambda path: save(clear_in_part(first), path / "a.png"),
         "turned": lambda path: save(first, path / "a.jpg", exif=turned(first)),
         "palette": lambda path: save(first.convert("P"), path / "a.png"),
-        "gray16": lambda path: save(first.convert("L").convert("I").point(lambda v: v * 256), path / "a.png"),
+        "gray16": lambda path: save(Image.fromarray(np.asarray(first.convert("L"), np.uint16) * 256), path / "a.png"),
         "gif": lambda path: save(first, path / "a.gif", save_all=True, append_images=[images[0].resize(first.size)]),
     }
     file = files[kind](tmp_path)

@@ -61,6 +61,27 @@ seen["private"] = [api.repo_info(**repo).private, api.repo_info(**secret).privat
 for token in (False, "hf_read", "hf_wrong"):
     status(f"see with {token}", api.repo_info, **secret, token=token)
     status(f"write with {token}", api.create_branch, **secret, branch="b", token=token)
+space = {"repo_id": "tester/space", "repo_type": "space"}
+status("space of no kind", api.create_repo, **space, space_sdk="static", token="hf_read")
+print_sdk = lambda: api.repo_info(**space).sdk
+api.create_repo(**space, space_sdk="static")
+seen["sdk"] = [print_sdk()]
+card = "---\\nsdk: {}\\ncolorFrom: {}\\nshort_description: {}\\n---\\n"
+
+def commit_card(*values):
+    api.create_commit(**space, operations=files(README=b"", app=b"app") + [
+        CommitOperationAdd("README.md", card.format(*values).encode())], commit_message="page")
+
+for values in (("docker", "blue", "x" * 61), ("gradio", "beige", "x"), ("abacus", "blue", "x")):
+    try:
+        commit_card(*values)
+    except ValueError as error:
+        seen[values[0] + " card"] = str(error)
+commit_card("gradio", "blue", "A page")
+seen["sdk"].append(print_sdk())
+seen["space files"] = sorted(api.list_repo_files(**space))
+with open(api.hf_hub_download(**space, filename="app")) as file:
+    seen["app"] = file.read()
 json.dump(seen, sys.stdout)
 """
 
@@ -121,6 +142,17 @@ def test_a_pull_request_is_a_branch_of_its_own(seen, hub):
     assert sorted(seen["main"]) == ["a", "data/b", "data/deep/c"]
     assert sorted(seen["requested"]) == ["a", "p"]
     assert sorted(seen["branches"]) == ["main", "try"]
+
+
+def test_a_space_has_an_sdk_and_a_card_that_is_checked(seen, hub):
+    assert seen["space of no kind"][0] == 403
+    assert seen["sdk"] == ["static", "gradio"]
+    assert "less than or equal to 60 characters" in seen["docker card"]
+    assert '"colorFrom" must be one of red,' in seen["gradio card"]
+    assert '"sdk" must be one of gradio,' in seen["abacus card"]
+    assert seen["space files"] == ["README", "README.md", "app"] and seen["app"] == "app"
+    assert len(hub.repos["spaces", "tester/space"].commits) == 2
+    assert ("models", "tester/space") not in hub.repos
 
 
 def test_nothing_was_asked_of_the_hub_that_it_does_not_serve(seen, hub):

@@ -167,6 +167,22 @@ MISTAKES |= {
         ["--torch-compile is for VLMs", "{encoder}"],
     ),
 }
+MISTAKES |= {
+    "encoder to demo": ("demo {encoder}", ["MODEL {encoder}", "'siglip_resnet'", "sigphi train-vlm"]),
+    "no model to demo": ("demo {none}", ["MODEL {none}", "config.json"]),
+    "vlm as encoder of a demo": (
+        "demo {vlm} --siglip-checkpoint {vlm}",
+        ["--siglip-checkpoint {vlm}", "'sigphi'", "sigphi train-siglip"],
+    ),
+    "no port": ("demo {vlm} --port 65536", ["--port 65536", "0 to 65535"]),
+    "somebody else's address": ("demo {vlm} --host 192.0.2.1 --port 0", ["--host 192.0.2.1", "cannot be listened on"]),
+    "no images to demo": ("demo {vlm} --images {none} --port 0", ["{none}", "synthetic"]),
+    "a space of an encoder": (
+        "push {encoder} --repo-id a/b --space a/c",
+        ["--space a/c", "{encoder} is an encoder", "Leave it out"],
+    ),
+    "a space without owner": ("push {vlm} --repo-id a/b --space c", ["--space c", "alice/c"]),
+}
 for command in (TRAIN_ENCODER, TRAIN_VLM):
     stage = command.split()[0]
     MISTAKES |= {

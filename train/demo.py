@@ -111,9 +111,14 @@ def show(name: str, options: DemoArguments, port: int) -> None:
         try:
             sys.stdout.write(f"{address}\nCtrl-C ends it.\n")
             sys.stdout.flush()
-            threading.Event().wait()
+            wait_forever()
         finally:
             page.close()
+
+
+def wait_forever() -> None:
+    """Do nothing until the process is interrupted; the server has threads of its own."""
+    threading.Event().wait()
 
 
 __all__ = ["DemoArguments", "free_port", "is_loopback", "main"]

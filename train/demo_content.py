@@ -23,6 +23,7 @@ from sigphi.train.predictions import PREDICTIONS, SAMPLES, SAMPLES_COLUMNS
 from sigphi.train.records import file_of, training_record
 from sigphi.train.report import pictures_of_grid
 from sigphi.train.search_index import load_encoder
+from sigphi.train.synthetic import synthetic_images
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def example_pictures(model: str, images: str | None = None) -> list[Image.Image]
             if shown:
                 half = MOST_PICTURES // 2
                 return shown if len(shown) <= MOST_PICTURES else shown[:half] + shown[-half:]
-    rows = load_images(images or "synthetic", "test")
+    rows = synthetic_images("test", 60) if images is None else load_images(images, "test")
     labels = rows["label"][:]
     firsts = [labels.index(label) for label in sorted(set(labels))][:MOST_PICTURES]
     return [to_rgb(rows[row]["img"]) for row in firsts]

@@ -345,14 +345,14 @@ def main(argv: list[str]) -> None:
         if options.space is not None:
             from sigphi.train import push_space  # needs gradio
 
-            space = push_space.draft_space(folder, options, options.license, options.siglip_checkpoint)
+            space = push_space.draft_space(folder, options.repo_id, options.license, options.siglip_checkpoint)
         commit, weights = publish(Path(staging), repo, options.license)
     address, _ = repo.address(commit)
     sys.stdout.write(f"{address}\n{loading_line(config.model_type, options.repo_id, weights)}\n")
     if space is not None:
         sys.stdout.flush()
         space.revision = weights
-        sys.stdout.write(f"{push_space.publish_space(space, repo, options.space, folder)}\n")
+        sys.stdout.write(f"{push_space.publish_space(space, repo, options.space)}\n")
 
 
 __all__ = [
