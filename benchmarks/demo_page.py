@@ -27,7 +27,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 ROOT = Path(__file__).parent.parent
 SCREENSHOT = ROOT / "docs" / "images" / "demo.png"
 QUESTION = "What is the main object in this image?"
-PATIENCE = 120  # seconds that anything may take on a busy machine
+PATIENCE = 300  # seconds that anything may take on a busy machine
 
 
 def browser_programs() -> tuple[str, str] | None:

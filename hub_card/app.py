@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 SETTINGS, CLASSES, EXAMPLES = "demo.json", "classes.safetensors", "examples"
+# Pillow reads many more, some of them by starting other programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 50_000_000
 MAX_QUESTION = 500
 # Pictures of 32 pixels are shown as large as there is room, and each pixel of theirs can be seen.
@@ -167,7 +169,7 @@ def open_picture(file: dict[str, Any] | None) -> Image.Image:
     if file is None or file["path"] is None:
         raise sorry("There is no picture yet: upload one, or choose one of the examples.")
     try:
-        with Image.open(file["path"]) as picture:
+        with Image.open(file["path"], formats=FORMATS) as picture:
             if picture.width * picture.height <= MAX_PIXELS:
                 picture.load()
                 return picture
@@ -203,7 +205,7 @@ def make_page(demo: Demo, name: str, examples: Sequence[str], questions: Sequenc
     # What is uploaded is deleted within two hours, and all of it when the server ends.
     with gr.Blocks(title="Ask about a picture", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown("# Ask about a picture")
-        gr.Textbox(name, label="Model", lines=1)
+        gr.Textbox(name, label="Model", interactive=False)
         with gr.Row():
             with gr.Column():
                 picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=320, elem_id="picture")
@@ -255,16 +257,15 @@ def _connect(demo: Demo, picture: Any, question: Any, button: Any, first: list[A
     options: dict[str, Any] = {"preprocess": False, "concurrency_id": "model", "concurrency_limit": 1}
     asked = gr.on([button.click, question.submit], demo.ask, [picture, question], first, api_name="ask", **options)
     asked.success(demo.ask_without_picture, [question, first[0]], second, api_name="ask_without_picture", **options)
-    # An answer is never seen beside a picture or a question that it is not about.
+    # A new picture or question takes away what was answered about the old one; the browser does that by itself.
     outputs = first + second
     gr.on(
         [picture.change, question.change],
-        lambda: [None] * len(outputs),
+        None,
         None,
         outputs,
+        js=f"() => Array({len(outputs)}).fill(null)",
         queue=False,
-        show_progress="hidden",
-        api_visibility="private",
     )
 
 

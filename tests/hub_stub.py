@@ -281,7 +281,8 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, data: bytes, kind: str, repo: str, revision: str | None) -> None:
         found, name = self.find(kind, repo, revision)
         files = found.commits[name].files
-        readme = files.get("README.md", {}).get("oid")
+        readme = files.get("README.md", {})
+        readme = readme.get("lfs", readme).get("oid")
         card = dict(re.findall(r"^(\w+): (\S+)$", self.hub.blobs[readme].decode(), re.MULTILINE)) if readme else {}
         answer = {"id": repo, "sha": name, "gated": False, "tags": [], "downloads": 0, "likes": 0}
         answer |= {"private": found.private, "lastModified": NOW, "createdAt": NOW}

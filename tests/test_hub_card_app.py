@@ -114,6 +114,7 @@ def broken_files(folder: Path, picture: Image.Image) -> dict[str, str]:
         "cut.png": whole[: len(whole) // 2],
         "damaged.png": whole[:60] + bytes(40) + whole[100:],
         "drawing.svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+        "program.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
     }
     for name, content in contents.items():
         (folder / name).write_bytes(content)

@@ -63,9 +63,8 @@ for token in (False, "hf_read", "hf_wrong"):
     status(f"write with {token}", api.create_branch, **secret, branch="b", token=token)
 space = {"repo_id": "tester/space", "repo_type": "space"}
 status("space of no kind", api.create_repo, **space, space_sdk="static", token="hf_read")
-print_sdk = lambda: api.repo_info(**space).sdk
 api.create_repo(**space, space_sdk="static")
-seen["sdk"] = [print_sdk()]
+seen["sdk"] = [api.repo_info(**space).sdk]
 card = "---\\nsdk: {}\\ncolorFrom: {}\\nshort_description: {}\\n---\\n"
 
 def commit_card(*values):
@@ -78,7 +77,7 @@ for values in (("docker", "blue", "x" * 61), ("gradio", "beige", "x"), ("abacus"
     except ValueError as error:
         seen[values[0] + " card"] = str(error)
 commit_card("gradio", "blue", "A page")
-seen["sdk"].append(print_sdk())
+seen["sdk"].append(api.repo_info(**space).sdk)
 seen["space files"] = sorted(api.list_repo_files(**space))
 with open(api.hf_hub_download(**space, filename="app")) as file:
     seen["app"] = file.read()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -17,7 +18,7 @@ pytest.importorskip("gradio", reason="the page needs gradio: pip install 'sigphi
 
 import httpx
 
-from sigphi.train import demo, push
+from sigphi.train import demo, push, push_space
 from sigphi.train.demo_content import (
     QUESTIONS,
     classes_of,
@@ -132,12 +133,12 @@ def test_else_pictures_are_drawn_or_one_of_each_class(folders, tmp_path):
     # A picture with its numbers on it, as none is written any more.
     Image.new("RGB", (1096, 280)).save(folders / "vlm" / "eval_samples.png")
     assert [one.tobytes() for one in example_pictures(str(folders / "vlm"))] == [one.tobytes() for one in drawn]
-    for number, name in enumerate(CLASS_NAMES[:2]):
+    for number, name in enumerate(CLASS_NAMES):
         (tmp_path / "set" / "test" / name).mkdir(parents=True)
         for copy in range(3):
-            colour = (number * 100, copy * 10, 0)
+            colour = (number * 10, copy * 10, 0)
             Image.new("RGB", (32, 32), colour).save(tmp_path / "set" / "test" / name / f"{copy}.png")
-    rows = [Image.new("RGB", (32, 32), (number * 100, 0, 0)).tobytes() for number in range(2)]
+    rows = [Image.new("RGB", (32, 32), (number * 10, 0, 0)).tobytes() for number in range(8)]
     assert [one.tobytes() for one in example_pictures(str(folders / "vlm"), str(tmp_path / "set"))] == rows
 
 
@@ -149,6 +150,13 @@ def test_questions_are_those_that_an_evaluation_asked_most(folders):
     table = pd.DataFrame(rows, columns=["question_type", "question"])
     table.to_parquet(folders / "vlm" / PREDICTIONS)
     assert example_questions(str(folders / "vlm")) == ["What is it?", "How many?", "Where?", "Name it."]
+
+
+def test_what_a_space_would_tell_is_searched_before_the_model_is_pushed(folders, monkeypatch):
+    model = folders / "vlm"
+    monkeypatch.setattr(push_space, "example_questions", lambda name: [f"Is it in {model}?"])
+    with pytest.raises(UserError, match="Space/demo.json holds the path of the model's folder; nothing has been"):
+        push_space.draft_space(model, "alice/vlm", "mit", None)
 
 
 # Where it listens ----------------------------------------------------------------------------------------------------
@@ -196,8 +204,18 @@ def test_without_gradio_the_remedy_is_named(main, words, option, monkeypatch):
         main(words)
 
 
-def test_the_page_is_served_until_it_is_interrupted(folders, monkeypatch, capsys):
-    """Ctrl-C ends it: nobody listens any more, and what was uploaded is gone."""
+def event(address: str, picture: Path) -> str:
+    """What the server says to a question about a picture on its disk: `complete` or `error`."""
+    file = {"path": str(picture), "meta": {"_type": "gradio.FileData"}}
+    started = httpx.post(f"{address}gradio_api/call/ask", json={"data": [file, "What?"]}).json()
+    return re.match(
+        r"event: (\w+)", httpx.get(f"{address}gradio_api/call/ask/{started['event_id']}", timeout=120).text
+    )[1]
+
+
+def test_the_page_is_served_until_it_is_interrupted(folders, images, monkeypatch, capsys):
+    """It reads uploads and no other file; after Ctrl-C nobody listens, and what was uploaded is gone."""
+    images[0].save(folders / "a.png")
     ports: list[int] = []
     uploads: list[Path] = []
 
@@ -206,9 +224,12 @@ def test_the_page_is_served_until_it_is_interrupted(folders, monkeypatch, capsys
         assert address.startswith("http://127.0.0.1:")
         ports.append(int(address.rstrip("/").rpartition(":")[2]))
         assert "Ask about a picture" in httpx.get(address).text
-        answer = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.png", b"a picture")})
+        answer = httpx.post(
+            f"{address}gradio_api/upload", files={"files": ("a.png", (folders / "a.png").read_bytes())}
+        )
         uploads.extend(map(Path, answer.json()))
-        assert [path.read_bytes() for path in uploads] == [b"a picture"]
+        assert event(address, uploads[0]) == "complete"
+        assert event(address, folders / "a.png") == event(address, Path("/etc/passwd")) == "error"
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "wait_forever", interrupt)

@@ -42,7 +42,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
     "verify": ("verify tester/adapter", {}),
     "verify by a record": ("verify tester/vlm --record hashes.json", {}),
     "first form": ("push adapter --repo-id tester/switch --base-language-model tester/base", {}),
-    "second form": ("push vlm --repo-id tester/switch --commit-message Merged", {}),
+    "second form": ("push vlm --repo-id tester/switch --commit-message Merged --space tester/page", {}),
     "branch": ("push encoder --repo-id tester/encoder --revision in/half", {}),
     "request": ("push encoder --repo-id other/theirs --create-pr", {}),
     "secret": ("push encoder --repo-id tester/secret --private", {}),
@@ -301,6 +301,15 @@ def test_another_form_takes_the_place_of_the_first(hub, done):
     assert not [name for name in hub.files("tester/switch") if name.startswith("lora/")]
     assert hub.files("tester/switch").keys() == hub.files("tester/vlm").keys()
     assert "Merged" in [commit.title for commit in hub.repos["models", "tester/switch"].commits.values()]
+
+
+def test_a_space_asks_the_very_model_that_was_pushed(hub, done):
+    address, _, page = done["second form"]["out"].splitlines()
+    assert (address, page) == (f"{hub.url}/tester/switch", f"{hub.url}/spaces/tester/page")
+    settings = json.loads(hub.files("tester/page", kind="spaces")["demo.json"])
+    assert settings["model"] == "tester/switch"
+    assert hub.repos["models", "tester/switch"].commits[settings["revision"]].title == "Merged"
+    assert [commit.title for commit in hub.repos["spaces", "tester/page"].commits.values()][1:] == ["Merged"]
 
 
 def test_a_pull_request_is_complete_and_leaves_main_alone(hub, done):
