@@ -259,14 +259,8 @@ def _connect(demo: Demo, picture: Any, question: Any, button: Any, first: list[A
     asked.success(demo.ask_without_picture, [question, first[0]], second, api_name="ask_without_picture", **options)
     # A new picture or question takes away what was answered about the old one; the browser does that by itself.
     outputs = first + second
-    gr.on(
-        [picture.change, question.change],
-        None,
-        None,
-        outputs,
-        js=f"() => Array({len(outputs)}).fill(null)",
-        queue=False,
-    )
+    nothing = json.dumps([place.postprocess(None) for place in outputs])
+    gr.on([picture.change, question.change], None, None, outputs, js=f"() => {nothing}", queue=False)
 
 
 def serve(page: gr.Blocks, **options: Any) -> str:
