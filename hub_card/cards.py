@@ -208,8 +208,8 @@ def _parity(parity: dict[str, Any]) -> str:
     merged = "" if base is None else f", LoRA merged into {weights[base]}"
     return (
         f"\n\nCompared with the {source['form']} form{bits} that it was made of{merged}: of {parity['questions']} "
-        f"questions from {metadata['questions_from']}, {parity['identical_answers']} get the same greedy answer. "
-        f"Along these answers, at {parity['logit_positions']} tokens, the likeliest next token is the same for "
+        f"questions from {name_of(metadata['questions_from'])}, {parity['identical_answers']} get the same greedy "
+        f"answer. Along these, at {parity['logit_positions']} tokens, the likeliest next token is the same for "
         f"{parity['next_token_agreement']:.4f} of them, the distribution of the next token differs by "
         f"{parity['mean_kl']:.2g} nats (Kullback-Leibler divergence, mean), and logits by "
         f"{parity['max_abs_logit_difference']:.2g} at most. All figures: `parity.json`."

@@ -93,6 +93,9 @@ def test_text_of_others_breaks_neither_yaml_nor_markdown(tmp_path, config):
     results["metadata"] = {"images": 3, "dataset": NASTY, "probe": NASTY, "image_splits": [NASTY]}
     scores = {"precision": 0.5, "recall": None, "f1": None, "support": 3}
     files = {"eval_results": results, "training_data": data, "training_args": {"optim": NASTY, "seed": 3}}
+    figures = ("questions", "identical_answers", "logit_positions", "next_token_agreement", "mean_kl")
+    files["parity"] = dict.fromkeys((*figures, "max_abs_logit_difference"), 1) | {"base": "original"}
+    files["parity"] |= {"compared_with": {"form": "merged"}, "metadata": {"questions_from": NASTY}}
     text = card(tmp_path, config, model_id=NASTY, confusion_matrix={"per_class": {NASTY: scores}}, **files)
     front = header(text)
     assert front.keys() >= {"library_name", "pipeline_tag", "license", "model-index"}

@@ -55,7 +55,7 @@ def test_merging_measures_and_tells_what_it_changes(merged):
     assert 0 < found["max_abs_logit_difference"] < 1e-3 and found["next_token_agreement"] == 1
     assert found["metadata"]["questions_from"] == "qa.csv" and "torch" in found["metadata"]
     card = (merged / "README.md").read_text(encoding="utf-8")
-    assert "LoRA merged into the de-quantised weights: of 12 questions from qa.csv, 12 get the same greedy" in card
+    assert "LoRA merged into the de-quantised weights: of 12 questions from `qa.csv`, 12 get the same greedy" in card
 
 
 def test_the_original_base_changes_more(adapter_4bit, merged, words, tmp_path, capsys):
