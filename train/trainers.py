@@ -113,10 +113,10 @@ class _ArtifactTrainer(ResumableTrainer):
         if self.is_world_process_zero():
             write_card(Path(self.args.output_dir))
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As the Trainer's; what the Hub refuses is a [`UserError`]."""
+    def init_hf_repo(self, **kwargs: Any) -> None:
+        """As the Trainer's, whose arguments depend on the version; what the Hub refuses is a [`UserError`]."""
         with hub_errors(self.args.hub_model_id or Path(self.args.output_dir).name, "--hub-model-id"):
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(**kwargs)
 
     def push_to_hub(
         self,
