@@ -91,7 +91,8 @@ def _pin(revision: str | None) -> str:
 
 def packages(config: dict[str, Any]) -> list[str]:
     """The packages that loading a model needs, by the content of its `config.json`."""
-    names = ["torch", "transformers", "pillow"]
+    # Without torchvision transformers resizes by Pillow, and a gray level differs from what was trained on.
+    names = ["torch", "torchvision", "transformers", "pillow"]
     if config.get("base_language_model"):
         names.append("peft")
     if config.get("base_bits", 16) != 16 or config.get("quantization_config"):

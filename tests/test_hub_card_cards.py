@@ -140,7 +140,7 @@ def test_sources_sets_and_emissions_are_in_the_header(tmp_path):
     assert front["datasets"] == ["uoft-cs/cifar10", "b/captions"]
     assert front["co2_eq_emissions"]["emissions"] == 12.5
     assert f"| `a/eye` | `{'c' * 40}` |" in text and "| `microsoft/phi-2` | not recorded |" in text
-    assert "pip install torch transformers pillow peft`" in text
+    assert "pip install torch torchvision transformers pillow peft`" in text
 
 
 def test_the_name_is_the_folder_s_by_default(tmp_path):
