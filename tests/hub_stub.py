@@ -46,11 +46,13 @@ class Commit:
 class Repo:
     """A repository; `branches` and `tags` map names to keys of `commits`. A pull request is the branch `refs/pr/1`.
 
-    A Space has an `sdk`: the one that its card names, or else the one that it was made for.
+    A Space has an `sdk`: the one that its card names, or else the one that it was made for. `large` has the names of the
+    files that came by LFS, in a commit or not yet.
     """
 
     private: bool = False
     sdk: str | None = None
+    large: set[str] = field(default_factory=set)
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -241,15 +243,19 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"files": files})
 
     def lfs_batch(self, data: bytes, repo: str, kind: str | None) -> None:
+        there = self.find(kind, repo)[0].large
         objects = json.loads(data)["objects"]
         for item in objects:
-            if item["oid"] not in self.hub.blobs:
-                item["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"}}
+            if item["oid"] not in there:
+                # Within the repository, so that a cut of its requests cuts this one.
+                href = f"{self.hub.url}/{kind or 'models'}/{repo}/lfs/{item['oid']}"
+                item["actions"] = {"upload": {"href": href}}
         self.reply({"transfer": "basic", "objects": objects})
 
-    def lfs_put(self, data: bytes, oid: str) -> None:
+    def lfs_put(self, data: bytes, kind: str, repo: str, oid: str) -> None:
         if hashlib.sha256(data).hexdigest() != oid:
             raise Refusal(422, "", "not what its name says")
+        self.hub.repos[kind, repo].large.add(oid)  # whoever has the address may write there, without a token
         self.hub.blobs[oid] = data
         self.reply()
 
@@ -359,7 +365,7 @@ ROUTES: list[Route] = [
     (["POST"], "/api/repos/create", Handler.create),
     (["POST"], f"/api/{KIND}/{REPO}/preupload/{REVISION}", Handler.preupload),
     (["POST"], rf"/(?:{KIND}/)?{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
-    (["PUT"], "/lfs/(?P<oid>[0-9a-f]{64})", Handler.lfs_put),
+    (["PUT"], f"/{KIND}/{REPO}/lfs/(?P<oid>[0-9a-f]{{64}})", Handler.lfs_put),
     (["POST"], f"/api/{KIND}/{REPO}/commit/{REVISION}", Handler.commit),
     (["GET"], f"/api/{KIND}/{REPO}/refs", Handler.refs),
     (["POST"], f"/api/{KIND}/{REPO}/tag/{REVISION}", Handler.tag),

@@ -145,7 +145,7 @@ def hub(folder):
         pictures = {f"plain_text/{path.name}": path.read_bytes() for path in (folder / "pictures").iterdir()}
         stub.add("uoft-cs/cifar10", pictures, "datasets")
         stub.add("other/theirs", {"README.md": b"# Theirs", "data/old.csv": b"a,b\n1,2\n"}, "datasets")
-        stub.cut("PUT /lfs/")
+        stub.cut("PUT .*/lfs/")
         stub.cut("POST .*/tester/cut-request/commit/")
         stub.cut("POST .*/tester/cut-answer/commit/", "answer")
         yield stub
@@ -292,7 +292,7 @@ def test_files_of_an_earlier_push_are_gone(hub, pushed):
 
 def test_a_broken_connection_leaves_nothing_half_and_a_second_try_completes(hub, pushed):
     # The first upload of all was broken too, and huggingface_hub has tried that once more by itself.
-    assert hub.cuts == [] and any(path.startswith("/lfs/") and not status for _, path, status in hub.log)
+    assert hub.cuts == [] and any("/lfs/" in path and not status for _, path, status in hub.log)
     for name in ("cut request", "cut answer"):
         assert pushed[name]["error"].startswith(f"--repo-id tester/{name.replace(' ', '-')}: no connection to the Hub")
         assert "Nothing is half there: run the command again." in pushed[name]["error"]
