@@ -15,7 +15,7 @@ SECRETS := $(SECRETS)|AKIA[0-9A-Z]{16}|sk-[A-Za-z0-9_-]{32,}|xox[abprs]-[A-Za-z0
 SECRETS := $(SECRETS)|BEGIN [A-Z ]*PRIVATE KEY
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all test-gpu golden quality style types audit wheel clean
+.PHONY: help install quickstart test test-all test-gpu matrix golden quality style types audit wheel clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test-all: install  ## Run the slow tests too.
 
 test-gpu: install  ## Run the tests that need a CUDA device.
 	$(PYTEST) -m gpu
+
+matrix: wheel  ## Train, push, pull and ask with the oldest and the newest transformers, in environments of their own.
+	$(BIN)/python tests/version_matrix.py dist/sigphi-*.whl
 
 golden: install  ## Write the training steps that tests compare with anew (say why in the commit).
 	$(PYTEST) -q tests/test_train_siglip_trainer.py -k committed_file --write-golden
@@ -69,7 +72,7 @@ audit: install  ## Look the installed packages up in the advisory database (need
 
 wheel: install  ## Build dist/*.whl.
 	@# setuptools packs whatever an earlier build left in build/lib.
-	rm -rf build/lib
+	rm -rf build/lib dist
 	$(BIN)/python -m build --wheel
 
 clean:  ## Delete what the targets made, except .venv and runs/.
