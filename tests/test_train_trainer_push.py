@@ -8,15 +8,21 @@ import pytest
 import torch
 from conftest import TOY_IMAGES
 from hub_stub import HubStub
+from huggingface_hub import ModelCard
 
 from sigphi.train import siglip, vlm
 from sigphi.train.errors import UserError
 
 TOKEN = "hf_" + "writerOfTrainings" * 2
 TRAIN = """
-import json, os, sys
+import json, logging, os, sys
+from transformers.utils import logging as of_transformers
 from sigphi.train import siglip, vlm
 
+# Everything that is logged, of whatever library, and standard error.
+sys.stderr = open(os.environ["LOG"], "w")
+logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
+of_transformers.enable_propagation()
 words = json.loads(os.environ["WORDS"])
 {"siglip": siglip, "vlm": vlm}[os.environ["STAGE"]].main(words)
 """
@@ -44,10 +50,12 @@ def trained(toy_csv, toy_base, run_child, tmp_path_factory):
         common = ["--input-csv", str(toy_csv), *COMMON, "--push-to-hub", "--hub-model-id"]
         words = [*common, "tester/eye", "--text-model", "tester/base", "--batch-size", "32", *TINY]
         words += ["--output-dir", str(root / "eye"), "--text-cache-dir", str(root / "cache")]
+        given["LOG"] = root / "siglip.log"
         out = {"siglip": run_child(TRAIN, **given, STAGE="siglip", WORDS=json.dumps(words))}
         words = [*common, "tester/vlm", "--language-model", "tester/base", "--siglip-checkpoint", "tester/eye"]
         words += ["--output-dir", str(root / "vlm"), "--bits", "16", "--batch-size", "64", "--hub-strategy", "end"]
         words += ["--gradient-checkpointing", "false", "--lora-r", "4", "--image-cache-dir", str(root / "cache")]
+        given["LOG"] = root / "vlm.log"
         out["vlm"] = run_child(TRAIN, **given, STAGE="vlm", WORDS=json.dumps(words))
         yield stub, root, out
 
@@ -89,6 +97,28 @@ def test_nothing_private_is_there(trained, toy_csv):
     told = b"".join(stub.blobs.values())
     for secret in (str(root), str(root.parent), f"{Path.home()}/", TOKEN, str(toy_csv)):
         assert secret.encode() not in told
+
+
+def test_no_log_and_no_file_of_a_run_holds_the_token(trained):
+    _, root, out = trained
+    assert (root / "siglip.log").stat().st_size > 1000 and TOKEN not in out["siglip"] + out["vlm"]
+    home = {path for path in (root / "home").rglob("*")}  # `huggingface_hub` keeps there what it was given by a login
+    files = [path for path in root.rglob("*") if path.is_file() and path not in home]
+    assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
+
+
+def test_the_figures_of_a_card_are_those_of_the_evaluation(trained):
+    stub, _, _ = trained
+    for name in ("eye", "vlm"):
+        files = stub.files(f"tester/{name}")
+        text, results = files["README.md"].decode(), json.loads(files["eval_results.json"])
+        figures = {key: value for key, value in results.items() if isinstance(value, (int, float))}
+        shown = dict(re.findall(r"^\| `([^`]+)` \| (-?\d[\d.]*) \|$", text, re.MULTILINE))
+        listed = {key: value for key, value in figures.items() if not key.startswith("recall/")}
+        assert len(listed) > 5
+        assert shown == {key: str(v) if isinstance(v, int) else f"{v:.4f}" for key, v in listed.items()}
+        index = {one.metric_name: one.metric_value for one in ModelCard(text).data.eval_results}
+        assert index and index == {key: results[key] for key in index}
 
 
 def test_the_cards_code_runs_for_a_stranger(trained, run_stranger, tmp_path):
