@@ -46,8 +46,8 @@ class Commit:
 class Repo:
     """A repository; `branches` and `tags` map names to keys of `commits`. A pull request is the branch `refs/pr/1`.
 
-    A Space has an `sdk`: the one that its card names, or else the one that it was made for. `large` has the names of the
-    files that came by LFS, in a commit or not yet.
+    A Space has an `sdk`: the one that its card names, or else the one that it was made for. `large` has the names of
+    the files that came by LFS, in a commit or not yet.
     """
 
     private: bool = False
