@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS
 
 from sigphi.train import arguments as arguments_module
-from sigphi.train import plan, quickstart, siglip
+from sigphi.train import plan, quickstart, siglip, vlm
 from sigphi.train.arguments import (
     BITSANDBYTES_OPTIMIZERS,
     DataArguments,
@@ -306,6 +306,7 @@ RECIPE_TYPES = {"base": BASE, "siglip": SIGLIP, "vlm": VLM}
 @pytest.mark.parametrize("recipe", sorted(quickstart.RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_parses(recipe: Path, tmp_path):
     stage = next((name for name in RECIPE_TYPES if name in recipe.stem.split("_")), "siglip")
+    stage = "vlm" if recipe in vlm.RECIPES else stage
     types = RECIPE_TYPES[stage]
     argv = ["--config", str(recipe), "--input-csv", "qa.csv", "--output-dir", str(tmp_path)]
     if types is VLM:
@@ -322,6 +323,7 @@ def test_there_are_recipes_for_every_stage():
     stems = [path.stem for path in quickstart.RECIPES.glob("*.yaml")]
     assert {f"quickstart_{name}" for name in RECIPE_TYPES} <= set(stems)
     assert {"cpu-small", "resnet50-32", "resnet50-224-pretrained"} == {path.stem for path in siglip.RECIPES}
+    assert {"vlm-6gb", "vlm-12gb", "vlm-24gb", "h200"} == {path.stem for path in vlm.RECIPES}
 
 
 @pytest.mark.parametrize("command", [siglip.main, partial(plan.plan, "siglip")])
