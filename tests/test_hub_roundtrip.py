@@ -264,7 +264,7 @@ def offline(pushed, online, read, reader_home):
 
 
 ARTIFACTS = (*ENCODERS, *VLMS, "encoder_processor", "vlm_processor")
-READERS = ("first", "second", "online", "offline")
+READERS = ("first", pytest.param("second", marks=pytest.mark.slow), "online", "offline")
 
 
 @pytest.mark.parametrize("artifact", ARTIFACTS)

@@ -301,7 +301,8 @@ print(landed, resumed, completed)
 """
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [20])
 def test_kills_at_random_moments_change_nothing(kills, vlm_folder, many_questions, run_child):
     printed = run_child(KILLING, MODEL=vlm_folder, CSV=many_questions, KILLS=str(kills))
     landed, resumed, completed = map(int, printed.split()[-3:])

@@ -767,7 +767,8 @@ print(landed, resumed, completed)
 """
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [20])
 def test_kills_at_random_moments_change_nothing(kills: int, llava_folder: Path, run_child: Callable[..., str]) -> None:
     landed, resumed, completed = map(int, run_child(KILLING, MODEL=llava_folder, KILLS=str(kills)).split())
     assert landed == kills and resumed > 0 and completed > 0
@@ -963,6 +964,7 @@ print(*commits)
 """
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_told_by_its_commit(run_child, tiny_vlm, tmp_path) -> None:
     tiny_vlm.config.save_pretrained(tmp_path)
     config = tmp_path / "config.json"

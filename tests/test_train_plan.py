@@ -124,6 +124,7 @@ def test_a_training_that_fits_is_told_in_full(words, capsys):
     assert report.endswith("It fits.\n")
 
 
+@pytest.mark.slow
 def test_advice_fits_when_it_is_followed(words, capsys, monkeypatch):
     # What this process holds differs from one plan to the next.
     machine = Machine(torch.device("cpu"), Speed(1e9), 1e12, {"Python": 1e7})
