@@ -66,6 +66,17 @@ class SiglipResNetVisionConfig(ResNetConfig):
         if self.stem not in ("imagenet", "cifar"):
             raise ValueError(f"`stem` must be 'imagenet' or 'cifar', got {self.stem!r}.")
 
+    def validate_sizes(self) -> None:
+        """Check that there is at least one of everything that the tower counts."""
+        for name in ("image_size", "projection_dim", "num_channels", "embedding_size", "hidden_sizes", "depths"):
+            value = getattr(self, name)
+            if min(value if isinstance(value, (list, tuple)) else [value], default=0) < 1:
+                raise ValueError(f"`{name}` must hold numbers from 1, got {value!r}.")
+        if len(self.hidden_sizes) != len(self.depths):
+            raise ValueError(
+                f"`hidden_sizes` and `depths` must name the same stages, got {self.hidden_sizes} and {self.depths}."
+            )
+
     @property
     def grid_size(self) -> int:
         """Height and width, in cells, of the feature map of the last stage."""

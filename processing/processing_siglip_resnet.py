@@ -9,6 +9,9 @@ from transformers import ProcessorMixin
 
 from sigphi.configuration.hub_code import HubCodeMixin
 
+# What is scaled has to stay a float32.
+_MOST_GRAY = 1e35
+
 
 def to_rgb(image: Any) -> Any:
     """
@@ -17,6 +20,9 @@ def to_rgb(image: Any) -> Any:
     The EXIF orientation is applied, transparency is laid over white, and 16-bit and floating point gray values are
     scaled to 8 bits (by their mode's range, or by the image's own where the mode has none). Anything else (arrays,
     tensors, URLs) is returned as it is.
+
+    Raises:
+        ValueError: if a floating point gray value is NaN, infinite or beyond 1e35.
     """
     if isinstance(image, (str, os.PathLike)) and os.path.isfile(image):
         with Image.open(image) as opened:
@@ -26,6 +32,8 @@ def to_rgb(image: Any) -> Any:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float32)
+        if not (np.abs(values) < _MOST_GRAY).all():
+            raise ValueError(f"a pixel is NaN, infinite or beyond {_MOST_GRAY}")
         is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and 0 <= values.min() and values.max() < 65536)
         low, high = (0.0, 65535.0) if is_16_bit else (float(values.min()), float(values.max()))
         image = Image.fromarray(np.uint8(255 * (values - low) / max(high - low, 1e-12)))

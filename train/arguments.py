@@ -186,6 +186,9 @@ class SiglipModelArguments:
         one_of("--text-cache", self.text_cache, ("auto", "on", "off"))
         one_of("--text-tower-dtype", self.text_tower_dtype, ("float32", "bfloat16", "nf4"))
         self._check_text_tower()
+        at_least(
+            self, 1, "embedding_size", "hidden_sizes", "depths", "image_size", "projection_dim", "max_text_length"
+        )
         if len(self.hidden_sizes) != len(self.depths):
             raise UserError(
                 f"--hidden-sizes and --depths must name the same stages, got {self.hidden_sizes} and {self.depths}."
@@ -265,6 +268,9 @@ class VlmModelArguments:
         one_of("--tuning", self.tuning, ("lora", "full"))
         one_of("--bits", self.bits, (4, 8, 16))
         one_of("--image-cache", self.image_cache, ("on", "off"))
+        at_least(self, 1, "lora_r", "lora_alpha")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise UserError(f"--lora-dropout {self.lora_dropout}: it has to be at least 0 and below 1.")
         if self.image_cache == "off" and self.image_cache_dir is not None:
             raise UserError("--image-cache-dir has no use with --image-cache off: leave one of them out.")
         one_of("--attn-implementation", self.attn_implementation, ATTENTION)
@@ -325,6 +331,7 @@ class SigphiTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             # Several CPU processes become one job only under this flag; without it each trains alone.
             self.use_cpu = True
+        self._check_numbers()
         self._check_precision()
         if self.bf16 and not self.has_bfloat16:
             logger.warning(
@@ -344,6 +351,17 @@ class SigphiTrainingArguments(TrainingArguments):
             raise UserError(
                 f"--optim {self.optim.value} needs bitsandbytes: pip install 'sigphi[qlora]' (or leave it out)."
             )
+
+    def _check_numbers(self) -> None:
+        """What would end in an error of a library behind the loading of the data, or in no training at all."""
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 2**32:
+                raise UserError(f"--{name.replace('_', '-')} {value}: it has to be from 0 to 2**32 - 1.")
+        at_least(self, 1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise UserError(f"--num-train-epochs {self.num_train_epochs}: it has to be above 0.")
+        at_least(self, 0, "learning_rate", "dataloader_num_workers")
 
     @property
     def has_bfloat16(self) -> bool:
@@ -557,6 +575,14 @@ class VlmTrainingArguments(StageArguments):
             self.gradient_checkpointing_kwargs: dict[str, Any] | None = {"use_reentrant": False}
 
 
+def at_least(arguments: Any, minimum: int, *names: str) -> None:
+    """Raise a [`UserError`] naming the first of these options of which a number is less than `minimum`."""
+    for name in names:
+        value = getattr(arguments, name)
+        if min(value if isinstance(value, list) else [value], default=minimum) < minimum:
+            raise UserError(f"--{name.replace('_', '-')} {value}: it has to be {minimum} or more.")
+
+
 def one_of(option: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raise a [`UserError`] naming `option` unless `value` is in `allowed`."""
     if value not in allowed:
@@ -606,6 +632,7 @@ __all__ = [
     "StageArguments",
     "VlmModelArguments",
     "VlmTrainingArguments",
+    "at_least",
     "check_evaluation",
     "check_launch",
     "one_of",

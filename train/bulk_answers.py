@@ -15,25 +15,23 @@ from PIL import Image
 from transformers import AutoProcessor, PreTrainedConfig
 
 from sigphi.configuration.configuration_sigphi import SigPhiConfig
-from sigphi.processing.processing_siglip_resnet import to_rgb
 from sigphi.processing.processing_sigphi import SigPhiProcessor
 from sigphi.train.annotator import ModelSource, model_fingerprint
 from sigphi.train.answer_options import AnswerArguments
 from sigphi.train.answering import check_compilable, generate_answers
 from sigphi.train.batch_log import discard, write_durably
 from sigphi.train.chat import load_vlm
-from sigphi.train.checkpoints import read_config
+from sigphi.train.checkpoints import loading, read_config
 from sigphi.train.errors import UserError
 from sigphi.train.image_texts import check_column, check_image_column, image_digests, read_set
 from sigphi.train.images import load_images
+from sigphi.train.pictures import PictureError, decode_picture, encoded_bytes
 from sigphi.train.predictions import Given
 from sigphi.train.prompts import tokenize_questions
 from sigphi.train.qa_csv import PAIRS, REQUIRED_COLUMNS, questions_of, read_wide, with_checked_indices
 from sigphi.train.records import durable_name, environment
 
 logger = logging.getLogger(__name__)
-
-_DECODER = datasets.Image()
 
 
 # What is asked -------------------------------------------------------------------------------------------------------
@@ -231,8 +229,8 @@ class PictureFeatures:
 
 def _decoded(asked: Asked, row: int) -> Image.Image:
     try:
-        return to_rgb(_DECODER.decode_example(asked.pictures[row]["image"]))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return decode_picture(encoded_bytes(asked.pictures[row]["image"]))
+    except (OSError, PictureError) as error:
         raise UserError(
             f"{asked.places[row]} cannot be decoded ({error}); mend or remove it, and give the same command."
         ) from error
@@ -261,7 +259,9 @@ def answer_to_file(model_name: str, asked: Asked, arguments: AnswerArguments) ->
     output = Path(arguments.output)
     parts, record = (output.with_name(output.name + end) for end in (".parts", ".json"))
     config: Any = read_config(model_name, "MODEL", SigPhiConfig.model_type)
-    _check_questions(asked.questions, AutoProcessor.from_pretrained(model_name), config, arguments.max_new_tokens)
+    with loading(f"MODEL {model_name}: its processor"):
+        asking = AutoProcessor.from_pretrained(model_name, trust_remote_code=False)
+    _check_questions(asked.questions, asking, config, arguments.max_new_tokens)
     if arguments.torch_compile:
         check_compilable(config)
     settings = _settings(model_name, asked, arguments)

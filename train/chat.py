@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import DynamicCache, LogitsProcessorList, TextStreamer
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -20,6 +20,7 @@ from sigphi.train.checkpoints import read_config
 from sigphi.train.errors import UserError
 from sigphi.train.evaluation import load_for_evaluation
 from sigphi.train.images import load_images
+from sigphi.train.pictures import PictureError, decode_picture
 from sigphi.train.predictions import Given
 
 
@@ -44,14 +45,14 @@ def open_image(name: str, images: str) -> Image.Image:
             raise UserError(f"IMAGE {name}: {images} has {len(rows)} {row[1]} images, rows 0 to {len(rows) - 1}.")
         return to_rgb(rows[int(row[2])]["img"])
     try:
-        with Image.open(name) as image:
-            return to_rgb(image)
+        return decode_picture(Path(name).read_bytes())
     except FileNotFoundError as error:
         raise UserError(
             f"IMAGE {name}: there is no such file. Give a picture, or test:12 for a row of --images."
         ) from error
-    except (UnidentifiedImageError, IsADirectoryError, Image.DecompressionBombError, OSError) as error:
-        raise UserError(f"IMAGE {name}: this is no picture that can be read ({error}).") from error
+    except (OSError, PictureError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"IMAGE {name}: this is no picture that can be read ({reason}).") from error
 
 
 def load_vlm(name: str) -> tuple[Any, Any]:

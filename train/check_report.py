@@ -10,6 +10,7 @@ from sigphi.train.errors import printable
 KINDS: dict[str, tuple[bool, str]] = {
     "not UTF-8": (True, "Save the file as CSV in UTF-8."),
     "missing column": (True, "Add the column; line 1 is the header, and commas stand between its names."),
+    "too many columns": (True, "Leave out the columns that docs/data.md does not name."),
     "repeated column": (True, "Rename or remove all but one column of this name."),
     "no pairs": (True, "Fill Q1 and A1 of at least one row."),
     "malformed row": (True, "Put cells with commas, quotes or line breaks in double quotes, and double inner quotes."),

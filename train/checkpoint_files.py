@@ -9,16 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sigphi.train.batch_log import write_durably
-from sigphi.train.errors import UserError
+from sigphi.train.errors import UserError, printable
 from sigphi.train.fingerprints import file_digest
 
 # In each checkpoint: the run that it is of, and its files with their sizes and hashes.
 RECORD = "sigphi_run.json"
+# Where the Trainer, FSDP and DeepSpeed keep the state of the optimizer.
+_OPTIMIZER = ("optimizer*", "global_step*")
 # Under the output folder: what is not whole yet. The Trainer's uploads to the Hub pass over names that begin so.
 ASIDE = "_unfinished"
 
@@ -70,18 +75,49 @@ def recorded_run(folder: Path) -> dict[str, Any]:
 def fault_of(folder: Path) -> str | None:
     """What keeps a checkpoint from being whole, or `None`. Reads all of its files."""
     try:
-        files = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        return f"it has no {RECORD}: it was not written to its end, or not by this version of sigphi"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"its {RECORD} cannot be read"
-    for name, (size, digest) in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"its file {name} is missing"
-        if path.stat().st_size != size or file_digest(path) != digest:
-            return f"its file {name} is damaged"
+        files = _recorded_files(folder)
+        for name, (size, digest) in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"its file {name} is missing"
+            if path.stat().st_size != size or file_digest(path) != digest:
+                return f"its file {name} is damaged"
+        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        if state.global_step != step_of(folder):
+            return f"it was renamed: its {TRAINER_STATE_NAME} is of step {printable(str(state.global_step))[:50]}"
+        if not any(True for pattern in _OPTIMIZER for _ in folder.glob(pattern)):
+            return "it holds no state of the optimizer, as with --save-only-model"
+    except FileNotFoundError as error:
+        name = RECORD if error.filename is None else Path(str(error.filename)).name
+        return f"it has no {name}: it was not written to its end, or not by this version of sigphi"
+    # What a file holds that something else has written: no JSON, or JSON of another form, or nested without end.
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return f"its {RECORD} or {TRAINER_STATE_NAME} cannot be read"
     return None
+
+
+def _recorded_files(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and hash of each file, by its name; raises one of several errors if the record is none."""
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    if not isinstance(record["run"], dict) or not isinstance(record["files"], dict):
+        raise ValueError("the record is of another form")
+    return {name: (size, digest) for name, (size, digest) in record["files"].items()}
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Within it a checkpoint whose files hold something else than they should, whatever its record says, is a
+    [`UserError`]."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    # What reads these files ends on broken ones in whatever way it happens to: RuntimeError, KeyError, TypeError, ...
+    except Exception as error:
+        reason = printable(str(error))[:200] or type(error).__name__
+        raise UserError(
+            f"--resume {folder}: cannot be read ({reason}). Remove it, to go on from another one."
+        ) from error
 
 
 def step_of(folder: Path) -> int:
@@ -173,6 +209,7 @@ __all__ = [
     "checkpoints",
     "fault_of",
     "publish",
+    "reading",
     "recorded_run",
     "remove_old",
     "seal",

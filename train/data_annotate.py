@@ -45,6 +45,7 @@ from sigphi.train.images import decode_images, load_images
 from sigphi.train.judging import asks_for_object, is_correct, plain_value
 from sigphi.train.metrics import majority_share
 from sigphi.train.parser import parse_arguments
+from sigphi.train.pictures import PictureError, decode_picture, encoded_bytes
 from sigphi.train.qa_csv import PAIRS, read_questions, with_checked_indices
 from sigphi.train.questions import make_questions
 from sigphi.train.records import durable_name, environment
@@ -53,7 +54,6 @@ logger = logging.getLogger(__name__)
 
 # The slowest process may be this far behind the fastest.
 _LONGEST_WAIT = timedelta(days=7)
-_DECODER = datasets.Image(mode="RGB")
 _FAILURES = ".failures.jsonl"
 _AGREEMENT = ".agreement.json"
 
@@ -232,14 +232,11 @@ def bank_questions(images: datasets.Dataset, split: str, num_images: int | None,
 def _decoded(encoded: dict[str, Any]) -> Image.Image | str:
     """A picture in RGB, or why it cannot be decoded."""
     try:
-        return _DECODER.decode_example(encoded)
-    # What the decoders of PIL raise for broken content.
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        # A file that is missing or cannot be read is no fault of the picture.
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        # Behind the bracket stands an address in memory, another one in each run.
-        return f"the picture cannot be decoded: {str(error).split(' <')[0]}"
+        return decode_picture(encoded_bytes(encoded))
+    except PictureError as error:
+        return f"the picture cannot be decoded: {error}"
+    except OSError as error:  # no fault of the picture
+        raise UserError(f"{encoded['path']} cannot be read: {error.strerror}.") from error
 
 
 def _settings(arguments: DataAnnotateArguments, questions: pd.DataFrame) -> dict[str, str]:

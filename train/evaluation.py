@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.hf_argparser import HfArg
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
@@ -22,7 +22,14 @@ from sigphi.hub_card.cards import figure_text, write_card
 from sigphi.train.answer_scores import judged_rows
 from sigphi.train.answering import check_compilable
 from sigphi.train.arguments import PairsArguments
-from sigphi.train.checkpoints import check_token_counts, read_config
+from sigphi.train.checkpoints import (
+    check_processor,
+    check_token_counts,
+    check_weights_suffice,
+    check_whole,
+    loading,
+    read_config,
+)
 from sigphi.train.data import distinct_images, held_out, load_cifar10_qa
 from sigphi.train.encoder_evaluation import evaluate_encoder, evaluate_retrieval
 from sigphi.train.encoder_options import EncoderEvaluationArguments, encoder_options
@@ -45,16 +52,35 @@ def load_for_evaluation(name: str) -> tuple[PreTrainedModel, Any]:
         UserError: if `name` is no model of ours, or its processor does not fit it.
     """
     config = read_config(name, "MODEL", SiglipResNetConfig.model_type, SigPhiConfig.model_type)
-    processor = AutoProcessor.from_pretrained(name)
-    if config.model_type == SigPhiConfig.model_type:
-        check_token_counts(config, processor, name)
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=inference_dtype())
-    else:
-        model = AutoModel.from_pretrained(name, dtype=inference_dtype())
-        if not config.include_text_tower:
-            model.load_text_tower()
+    with loading(f"MODEL {name}"):
+        # False, since without it a folder that names code of its own has transformers ask whether to run that.
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        if config.model_type == SigPhiConfig.model_type:
+            check_token_counts(config, processor, name)
+        check_processor(config, processor, name)
+        check_weights_suffice(name, config)
+        model = _load_whole(name, config)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return model.to(device).eval(), processor
+
+
+def _load_whole(name: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model with all of its weights, none of them drawn at random."""
+    if config.model_type != SigPhiConfig.model_type:
+        model, info = AutoModel.from_pretrained(
+            name, dtype=inference_dtype(), output_loading_info=True, trust_remote_code=False
+        )
+        check_whole(f"MODEL {name}", info["missing_keys"])
+        if not config.include_text_tower:
+            model.load_text_tower()
+        return model
+    if config.base_language_model is not None:  # the adapter form compares names itself
+        return AutoModelForImageTextToText.from_pretrained(name, dtype=inference_dtype(), trust_remote_code=False)
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        name, dtype=inference_dtype(), output_loading_info=True, trust_remote_code=False
+    )
+    check_whole(f"MODEL {name}", info["missing_keys"])
+    return model
 
 
 def evaluate_folder(

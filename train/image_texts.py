@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec
 import numpy as np
 import torch
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
-from PIL.Image import DecompressionBombError
 from tqdm.auto import tqdm
 
-from sigphi.processing.processing_siglip_resnet import to_rgb
 from sigphi.train.collators import resize
 from sigphi.train.data import held_out
 from sigphi.train.errors import UserError
 from sigphi.train.fingerprints import digest
+from sigphi.train.pictures import PictureError, decode_picture, encoded_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -131,13 +129,9 @@ def image_digests(rows: datasets.Dataset) -> list[str]:
 
 def _digest(row: dict[str, Any]) -> dict[str, str]:
     image = row["image"]
-    if image is None:
+    if image is None or (image["bytes"] is None and image["path"] is None):
         return {"digest": ""}
-    content = image["bytes"]
-    if content is None:
-        with fsspec.open(image["path"]) as file:  # a path may lead into an archive
-            content = file.read()
-    return {"digest": blake2b(content, digest_size=16).hexdigest()}
+    return {"digest": blake2b(encoded_bytes(image), digest_size=16).hexdigest()}
 
 
 def _cleaned(texts: str | Sequence[str | None] | None) -> list[str]:
@@ -197,7 +191,6 @@ class StoredImages:
     def __init__(self, images: datasets.Dataset, image_processor: Any) -> None:
         self._images = images.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
         self._image_processor = image_processor
-        self._decoder = datasets.Image()
 
     def __len__(self) -> int:
         return len(self._images)
@@ -211,8 +204,8 @@ class StoredImages:
     def _decoded(self, row: int, file: dict[str, Any]) -> torch.Tensor:
         """`(3, height, width)`, uint8, in the size of the file."""
         try:
-            picture = to_rgb(self._decoder.decode_example(file))
-        except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
+            picture = decode_picture(encoded_bytes(file))
+        except (OSError, PictureError) as error:
             raise UserError(f"image {row} of the training and held-out images cannot be decoded ({error}).") from error
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 

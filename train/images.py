@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -12,6 +12,7 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from sigphi.train.errors import UserError
 from sigphi.train.facts import CLASS_NAMES
+from sigphi.train.pictures import PictureError, decode_picture, encoded_bytes
 from sigphi.train.synthetic import IMAGE_FEATURES, synthetic_images
 
 _SYNTHETIC_SIZES = {"train": 4000, "test": 1000}
@@ -174,23 +175,19 @@ def decode_images(images: datasets.Dataset, indices: Sequence[int]) -> torch.Ten
         indices (`Sequence[int]`): rows of `images`, in any order, with repeats, at least one.
 
     Returns:
-        `torch.Tensor` of shape `(len(indices), 3, height, width)`, uint8: RGB, see [`to_rgb`].
+        `torch.Tensor` of shape `(len(indices), 3, height, width)`, uint8: RGB, see [`decode_picture`].
 
     Raises:
-        UserError: if the images differ in size.
+        UserError: if an image cannot be decoded, or the images differ in size.
         ValueError: if there are no indices.
     """
-    # Takes seconds, and commands that only read a CSV and labels do without.
-    from sigphi.processing.processing_siglip_resnet import to_rgb
-
     if len(indices) == 0:
         raise ValueError("`indices` has to hold at least one row: without an image there is no size.")
     distinct, position = np.unique(np.asarray(indices), return_inverse=True)
-    decoder = datasets.Image()
     encoded = images.select_columns(["img"]).cast_column("img", datasets.Image(decode=False)).select(distinct)
     decoded: list[np.ndarray] = []
     for index, row in zip(distinct, encoded, strict=True):
-        pixels = np.asarray(to_rgb(decoder.decode_example(row["img"])))  # (height, width, 3)
+        pixels = _decoded(index, row["img"])  # (height, width, 3)
         if decoded and pixels.shape != decoded[0].shape:
             raise UserError(
                 f"image {index} is {pixels.shape[1]}x{pixels.shape[0]} pixels, image {distinct[0]} is "
@@ -198,6 +195,13 @@ def decode_images(images: datasets.Dataset, indices: Sequence[int]) -> torch.Ten
             )
         decoded.append(pixels)
     return torch.from_numpy(np.stack(decoded)[position]).permute(0, 3, 1, 2).contiguous()
+
+
+def _decoded(index: int, cell: dict[str, Any] | None) -> np.ndarray:
+    try:
+        return np.asarray(decode_picture(encoded_bytes(cell)))
+    except (OSError, PictureError) as error:
+        raise UserError(f"image {index} cannot be decoded ({error}); mend or remove it.") from error
 
 
 __all__ = ["decode_images", "load_images"]

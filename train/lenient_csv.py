@@ -3,10 +3,13 @@
 import csv
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
+from typing import TextIO
 
 import pandas as pd
 
+from sigphi.train.csv_lines import TOO_LONG, next_line
 from sigphi.train.errors import UserError
 
 _ROWS_A_TABLE = 10_000
@@ -40,6 +43,9 @@ def read_tables(path: Path, columns: Sequence[str], report: Callable[[str, str, 
     header = read_header(path)
     rows = iterate_rows(path, lambda kind, line, example: report(kind, f"line {line}", example))
     next(rows, None)
+    # The number of a row's cells may be anything: of those that are not asked for none is kept.
+    places = {name: header.index(name) for name in columns if name in header}
+    chosen = _chooser(list(places.values()))
     if not header:
         return
     chunk: dict[int, tuple[str, ...]] = {}
@@ -47,17 +53,24 @@ def read_tables(path: Path, columns: Sequence[str], report: Callable[[str, str, 
         if cells and len(cells) != len(header):
             report("malformed row", f"line {line}", f"{len(cells)} cells, but the header has {len(header)}")
         elif cells:
-            chunk[line] = cells
+            chunk[line] = chosen(cells)
         if len(chunk) == _ROWS_A_TABLE:
-            yield _table(header, columns, chunk)
+            yield _table(list(places), chunk)
             chunk = {}
     if chunk:
-        yield _table(header, columns, chunk)
+        yield _table(list(places), chunk)
 
 
-def _table(header: list[str], columns: Sequence[str], rows: dict[int, tuple[str, ...]]) -> pd.DataFrame:
-    cells = list(zip(*rows.values(), strict=True))  # one tuple a column
-    return pd.DataFrame({"line": list(rows)} | {name: cells[header.index(name)] for name in columns if name in header})
+def _chooser(places: list[int]) -> Callable[[tuple[str, ...]], tuple[str, ...]]:
+    """A function that gives the cells of a row at these places."""
+    if len(places) < 2:  # of one place `itemgetter` gives no tuple
+        return lambda cells: tuple(cells[place] for place in places)
+    return itemgetter(*places)
+
+
+def _table(names: list[str], rows: dict[int, tuple[str, ...]]) -> pd.DataFrame:
+    columns = zip(*rows.values(), strict=True)
+    return pd.DataFrame({"line": list(rows)} | dict(zip(names, columns, strict=True)))
 
 
 def iterate_rows(path: Path, report: Callable[[str, int, str], None]) -> Iterator[tuple[int, tuple[str, ...]]]:
@@ -86,7 +99,7 @@ def iterate_rows(path: Path, report: Callable[[str, int, str], None]) -> Iterato
 class _Lines(Iterator[str]):
     """The lines of a file for `csv.reader`, which can be handed out again."""
 
-    def __init__(self, file: Iterator[str], report: Callable[[str, int, str], None]) -> None:
+    def __init__(self, file: TextIO, report: Callable[[str, int, str], None]) -> None:
         self.number = 0
         self._file = file
         self._report = report
@@ -94,7 +107,7 @@ class _Lines(Iterator[str]):
         self._again: deque[str] = deque()
 
     def __next__(self) -> str:
-        line = self._again.popleft() if self._again else self._decoded(next(self._file))
+        line = self._again.popleft() if self._again else self._read()
         self.number += 1
         self._since_mark.append(line)
         return line
@@ -108,6 +121,15 @@ class _Lines(Iterator[str]):
         """Hand out again what came since the mark, without its first line."""
         self._again.extendleft(reversed(self._since_mark[1:]))
         self.number -= len(self._since_mark) - 1
+
+    def _read(self) -> str:
+        line = next_line(self._file)
+        if line is None:
+            self._report("malformed row", self.number + 1, TOO_LONG)
+            return "\n"
+        if not line:
+            raise StopIteration
+        return self._decoded(line)
 
     def _decoded(self, line: str) -> str:
         if line.isascii():

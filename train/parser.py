@@ -14,7 +14,13 @@ from typing import Any, NoReturn, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from sigphi.train.errors import UserError
+from sigphi.train.errors import UserError, printable
+
+# Of a file of options, in characters, and of what a message shows of it.
+_LONGEST_FILE = 1_000_000
+_LONGEST_SHOWN = 500
+_DEEPEST = 20
+_LARGEST = 2**63
 
 
 def parse_arguments(
@@ -129,18 +135,25 @@ class CommandParser(HfArgumentParser):
             path (`Path`): a file with a flat mapping of field names or aliases to values.
         """
         actions = self._actions_of_keys()
+        given: set[str] = set()
         for key, node in _read_mapping(path):
             place = f"{path}, line {node.start_mark.line + 1}"
             action = actions.get(key.replace("-", "_"))
+            shown = _shown(key)
             if action is None:
-                raise UserError(f"{place}: there is no option `{key}`.{_did_you_mean(key, actions)}")
-            try:
-                value = self._get_values(action, _words(node, action))
-            except (argparse.ArgumentError, ValueError) as error:
-                reason = error.message if isinstance(error, argparse.ArgumentError) else error
-                raise UserError(f"{place}: `{key}`: {reason}") from error
-            self.set_defaults(**{action.dest: value})
+                raise UserError(f"{place}: there is no option `{shown}`.{_did_you_mean(key, actions)}")
+            if action.dest in given:
+                raise UserError(f"{place}: `{shown}` was given before; remove one of the two lines.")
+            given.add(action.dest)
+            self.set_defaults(**{action.dest: self._value_of(action, node, f"{place}: `{shown}`")})
             action.required = False
+
+    def _value_of(self, action: argparse.Action, node: yaml.Node, place: str) -> Any:
+        try:
+            return self._get_values(action, _words(node, action))
+        except (argparse.ArgumentError, ValueError, TypeError, yaml.YAMLError) as error:
+            reason = error.message if isinstance(error, argparse.ArgumentError) else error
+            raise UserError(f"{place}: {_shown(str(reason))}") from error
 
     def _actions_of_keys(self) -> dict[str, argparse.Action]:
         """Return the options that take a value, by their names as written in a YAML file."""
@@ -179,13 +192,21 @@ class CommandParser(HfArgumentParser):
 
     def _build(self, dataclass_type: Callable[..., Any], namespace: argparse.Namespace) -> Any:
         values = {field.name: getattr(namespace, field.name) for field in _init_fields(dataclass_type)}
+        for name, value in values.items():
+            self._check_number(name, value)
         try:
             return dataclass_type(**values)
         except UserError:
             raise
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             # The classes check their values in `__post_init__`, and these come from the user.
-            self.error(" ".join(str(error).split()))
+            self.error(_shown(str(error)))
+
+    def _check_number(self, name: str, value: Any) -> None:
+        """Refuse what no option means: NaN, infinity, and integers that no library takes."""
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= _LARGEST:
+                self.error(f"--{name.replace('_', '-')} {str(number)[:20]}: it has to be a number up to 2**63")
 
     def error(self, message: str) -> NoReturn:
         """Raise `message` as a [`UserError`] instead of printing the usage of every option."""
@@ -218,6 +239,12 @@ def _did_you_mean(name: str, known: Sequence[str] | dict[str, Any]) -> str:
     return f" Did you mean `{closest[0]}`?" if closest else ""
 
 
+def _shown(text: str) -> str:
+    """On one line that can be read: what is shown may be a whole file."""
+    line = printable(text)
+    return line if len(line) <= _LONGEST_SHOWN else f"{line[:_LONGEST_SHOWN]} ..."
+
+
 class _Loader(yaml.SafeLoader):
     """A safe loader that reads `1e-3` as a number, as YAML 1.2 does."""
 
@@ -230,17 +257,36 @@ _Loader.add_implicit_resolver(
 def _read_mapping(path: Path) -> list[tuple[str, yaml.Node]]:
     """Return the keys of a YAML file, each with its value as a node, which knows its line and how it is written."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_LONGEST_FILE + 1)
+        if len(text) > _LONGEST_FILE:
+            raise UserError(
+                f"`--config {path}` has more than {_LONGEST_FILE:,} characters, and is no file of options."
+            )
+        _check_events(path, text)
+        root = yaml.compose(text, Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise UserError(f"`--config {path}` cannot be read: {reason}.") from error
     except yaml.YAMLError as error:
-        raise UserError(f"`--config {path}` is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"`--config {path}` is not YAML: {_shown(str(error))}") from error
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"`--config {path}` has to hold lines of the form `name: value`.")
     return [(str(key.value), value) for key, value in root.value]
+
+
+def _check_events(path: Path, text: str) -> None:
+    """Refuse what grows when it is put together: aliases, which stand for any size, and nesting without end."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        place = f"`--config {path}`, line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"{place}: write the value out in place of the alias *{_shown(event.anchor)}.")
+        if depth > _DEEPEST:
+            raise UserError(f"{place}: nested more than {_DEEPEST} deep, and no option is.")
 
 
 def _words(node: yaml.Node, action: argparse.Action) -> list[str]:
@@ -253,6 +299,8 @@ def _words(node: yaml.Node, action: argparse.Action) -> list[str]:
     if isinstance(node, yaml.MappingNode):
         return [json.dumps(yaml.load(yaml.serialize(node), _Loader))]
     if isinstance(node, yaml.ScalarNode):
+        if "\0" in node.value:
+            raise ValueError("holds a NUL character")
         return [node.value]
     if action.nargs not in ("+", "*"):
         raise ValueError("takes one value, got a list")

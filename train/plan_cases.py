@@ -410,7 +410,7 @@ def _encoder_and_processor(model: VlmModelArguments) -> tuple[SiglipResNetConfig
 
 def _tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--language-model {name}: its tokenizer cannot be read ({reason}).") from error

@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from sigphi.train.errors import UserError
+from sigphi.train.csv_lines import MOST_COLUMNS, bounded_lines
+from sigphi.train.errors import UserError, printable
 from sigphi.train.judging import check_short_answer
 
 PAIRS = (1, 2, 3, 4, 5)
@@ -144,7 +145,7 @@ def _read_cells(path: Path, option: str, required: Sequence[str]) -> tuple[list[
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             # Not pandas: it neither knows the line of a row behind cells of several lines nor refuses short rows.
-            reader = csv.reader(file, strict=True)
+            reader = csv.reader(bounded_lines(file, path), strict=True)
             header = [name.strip() for name in next(reader, [])]
             if header:
                 # First, since the rows of a file with another separator look broken, too.
@@ -165,7 +166,8 @@ def _read_cells(path: Path, option: str, required: Sequence[str]) -> tuple[list[
 def _first_line_of_no_utf8(path: Path) -> int:
     # What the decoder says counts from where it last read, not from the start of the file.
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return next(number for number, line in enumerate(file, 1) if re.search("[\udc80-\udcff]", line))
+        lines = enumerate(bounded_lines(file, path), 1)
+        return next(number for number, line in lines if re.search("[\udc80-\udcff]", line))
 
 
 def _read_rows(path: Path, reader: Any, num_columns: int) -> tuple[list[int], list[list[str]]]:
@@ -185,9 +187,12 @@ def _read_rows(path: Path, reader: Any, num_columns: int) -> tuple[list[int], li
 
 
 def _check_columns(path: Path, header: list[str], required: Sequence[str]) -> None:
+    if len(header) > MOST_COLUMNS:
+        raise UserError(f"{path}: the header has {len(header)} columns; leave out what is not needed.")
     missing = [name for name in required if name not in header]
     if missing:
-        raise UserError(f"{path}: no column {', '.join(missing)}; the header has {', '.join(header)[:300]}.")
+        found = printable(", ".join(header)[:300])
+        raise UserError(f"{path}: no column {', '.join(missing)}; the header has {found}.")
     for name in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS):
         if header.count(name) > 1:
             raise UserError(f"{path}: {header.count(name)} columns are named {name}; rename or remove all but one.")

@@ -12,6 +12,7 @@ from sigphi.configuration.configuration_sigphi import SigPhiConfig
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetVisionModel
 from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration, base_quantization, keep_4bit_weights
 from sigphi.train.arguments import VlmModelArguments
+from sigphi.train.checkpoints import check_whole, loading
 from sigphi.train.errors import UserError
 from sigphi.train.records import durable_name
 
@@ -31,14 +32,18 @@ def load_language_model(
         device (`torch.device`): where to put it. One model lies whole on one device, since the Trainer runs one
             process a device; `device_map="auto"` would spread it.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        arguments.language_model,
-        revision=arguments.language_model_revision or "main",
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        quantization_config=base_quantization(arguments.bits, dtype),
-        device_map={"": device},
-    )
+    with loading(f"--language-model {arguments.language_model}"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            arguments.language_model,
+            revision=arguments.language_model_revision or "main",
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantization_config=base_quantization(arguments.bits, dtype),
+            device_map={"": device},
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    check_whole(f"--language-model {arguments.language_model}", info["missing_keys"])
     keep_4bit_weights(model)
     return model
 

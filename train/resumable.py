@@ -23,6 +23,7 @@ from sigphi.train.checkpoint_files import (
     checkpoints,
     fault_of,
     publish,
+    reading,
     recorded_run,
     remove_old,
     seal,
@@ -109,8 +110,31 @@ class ResumableTrainer(Trainer):
     ) -> tuple[int, int]:
         """As the Trainer's, which would make one step more where a checkpoint is of the last step."""
         self._updates_per_epoch = num_update_steps_per_epoch
-        epochs, steps = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        with reading(Path(str(args[0]))):
+            epochs, steps = super()._init_training_state(
+                max_steps, num_update_steps_per_epoch, num_train_epochs, *args
+            )
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else (epochs, steps)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with reading(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(Path(str(checkpoint))):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(Path(str(checkpoint))):
+            super()._load_rng_state(checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As the Trainer's; what is trained and not in the checkpoint would go on from where it began."""
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        missing = sorted(trained & set(load_result.missing_keys))
+        if missing:
+            raise ValueError(f"its weights lack {', '.join(missing[:3])}")
+        super()._issue_warnings_after_load(load_result)
 
     # Saving ----------------------------------------------------------------------------------------------------------
 
@@ -339,7 +363,10 @@ def _reason_against(folder: Path, run: dict[str, Any]) -> str | None:
     recorded = recorded_run(folder)
     if not recorded:
         return "it does not say of which run it is"
-    refused, _ = differences(recorded, run)
+    try:
+        refused, _ = differences(recorded, run)
+    except (KeyError, TypeError, AttributeError):  # of another form than any that this version or one before writes
+        return "what it says of its run cannot be read"
     return f"it is of another run ({'; '.join(refused)})" if refused else None
 
 

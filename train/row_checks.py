@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from sigphi.train.check_report import Findings
+from sigphi.train.csv_lines import MOST_COLUMNS
 from sigphi.train.facts import CLASS_NAMES
 from sigphi.train.images import load_images
 from sigphi.train.judging import is_correct
@@ -48,9 +49,12 @@ class ImageSets:
 def check_header(path: Path, image_split: str | None, findings: Findings) -> None:
     """Report columns that are missing or there twice."""
     header = read_header(path)
+    if len(header) > MOST_COLUMNS:
+        findings.add("too many columns", "line 1", f"the header has {len(header)} columns")
+    shown = ", ".join(header)[:300]
     for name in REQUIRED_COLUMNS:
         if name not in header:
-            findings.add("missing column", name, f"the header has {', '.join(header) or 'no column'}")
+            findings.add("missing column", name, f"the header has {shown or 'no column'}")
     for name in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS):
         if header.count(name) > 1:
             findings.add("repeated column", name, f"{header.count(name)} columns are named {name}")

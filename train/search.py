@@ -26,11 +26,10 @@ from sigphi.train.checkpoints import read_config
 from sigphi.train.encoder_evaluation import ZERO_SHOT_PROMPTS, embed_texts
 from sigphi.train.errors import UserError, printable, run_command
 from sigphi.train.parser import parse_arguments
+from sigphi.train.pictures import PictureError, decode_picture
 from sigphi.train.search_index import (
-    BROKEN,
     IndexFacts,
     SearchIndex,
-    decode_picture,
     embed_pixels,
     encoder_fingerprint,
     load_encoder,
@@ -134,7 +133,7 @@ def search_image(index: SearchIndex, image: str, top: int = 10, encoder: str | N
         picture = decode_picture(Path(image).read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"--image {image}: there is no such file, and no such image in the index.") from error
-    except BROKEN as error:
+    except (OSError, PictureError) as error:
         raise UserError(f"--image {image}: this is no picture that can be read ({printable(str(error))}).") from error
     model, processor = index_encoder(index.facts, encoder)
     pixels = processor(images=picture, return_tensors="pt")["pixel_values"]  # (1, 3, height, width)

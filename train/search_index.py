@@ -7,7 +7,6 @@ sigphi search build own.index --encoder outputs/own --dataset captions --image-c
 """
 
 import hashlib
-import io
 import json
 import logging
 import os
@@ -30,24 +29,21 @@ from transformers.hf_argparser import HfArg
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel
-from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor, to_rgb
+from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
 from sigphi.train.arguments import refuse_other_source
-from sigphi.train.checkpoints import hub_commit, read_config
+from sigphi.train.checkpoints import hub_commit, loading, read_config
 from sigphi.train.errors import UserError, printable
 from sigphi.train.fingerprints import digest, tensor_parts
 from sigphi.train.image_texts import check_image_column, read_set
 from sigphi.train.images import load_images
 from sigphi.train.parser import parse_arguments
+from sigphi.train.pictures import PictureError, decode_picture, encoded_bytes
 from sigphi.train.records import durable_name
 
 logger = logging.getLogger(__name__)
 
-# What a folder is searched for, and what is tried on a picture's bytes. Other decoders of PIL stay out: that of EPS
-# runs a program on what it is given.
+# What a folder is searched for.
 SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# Each of these comes out of PIL for one kind of damaged file or another.
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 _METADATA_KEY = b"sigphi_search"
 _FORMAT = 1
@@ -265,7 +261,7 @@ def _batches(
             try:
                 encoded = encoded_bytes(cell)
                 image = decode_picture(encoded)
-            except BROKEN as error:
+            except (OSError, PictureError) as error:
                 _note_broken(pictures.names[row], error, broken)
                 continue
             # Resized at once, so that a batch of photographs is never in memory at full size.
@@ -283,19 +279,6 @@ def _note_broken(name: str, error: Exception, broken: list[str] | None) -> None:
         raise UserError(f"picture {fault}; remove it, or leave such pictures out by --skip-broken true.") from error
     logger.warning("%s: left out.", fault)
     broken.append(name)
-
-
-def encoded_bytes(cell: dict[str, Any] | None) -> bytes:
-    """The file behind a cell of `datasets.Image(decode=False)`; raises a `ValueError` where there is none."""
-    if cell is None:
-        raise ValueError("the row has no picture")
-    return Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
-
-
-def decode_picture(encoded: bytes) -> Image.Image:
-    """An RGB image, upright, see [`to_rgb`]; raises one of several errors if the file is damaged."""
-    with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
-        return to_rgb(image)
 
 
 def picture_digest(encoded: bytes) -> str:
@@ -319,8 +302,9 @@ def load_encoder(name: str, option: str, revision: str | None) -> tuple[SiglipRe
         UserError: if `name` is no encoder of ours; `option` is where the user gave it.
     """
     read_config(name, option, SiglipResNetConfig.model_type, revision=revision)
-    model = SiglipResNetModel.from_pretrained(name, revision=revision or "main")
-    processor = SiglipResNetProcessor.from_pretrained(name, revision=revision or "main")
+    with loading(f"{option} {name}"):
+        model = SiglipResNetModel.from_pretrained(name, revision=revision or "main")
+        processor = SiglipResNetProcessor.from_pretrained(name, revision=revision or "main")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return model.to(device).eval(), processor
 
@@ -397,7 +381,7 @@ def stored_pictures(index: SearchIndex, rows: Sequence[int]) -> list[Image.Image
         try:
             encoded = encoded_bytes(cell)
             found.append(decode_picture(encoded))
-        except BROKEN as error:
+        except (OSError, PictureError) as error:
             reason = printable(str(error))
             raise UserError(f"{name} cannot be read any more ({reason}): build the index again.") from error
         if picture_digest(encoded) != index.digests[row]:
@@ -466,7 +450,6 @@ def main(argv: list[str]) -> None:
 
 
 __all__ = [
-    "BROKEN",
     "IndexFacts",
     "SearchBuildArguments",
     "SearchIndex",

@@ -27,7 +27,7 @@ from sigphi.train.arguments import (
     SiglipTrainingArguments,
     check_evaluation,
 )
-from sigphi.train.checkpoints import pinned_revision, read_config
+from sigphi.train.checkpoints import loading, pinned_revision, read_config, read_encoder
 from sigphi.train.collators import SiglipCollator
 from sigphi.train.data import distinct_images
 from sigphi.train.encoder_data import EncoderData, load_encoder_data
@@ -74,7 +74,7 @@ def build_encoder(
     if arguments.siglip_checkpoint is None:
         model = _new_encoder(arguments, towerless)
     else:
-        model = SiglipResNetModel.from_pretrained(arguments.siglip_checkpoint, config=towerless)
+        model = read_encoder(arguments.siglip_checkpoint, config=towerless)
     if not arguments.caches_texts:
         tower: Any = text_tower_of(config, arguments.siglip_checkpoint).load(arguments.text_tower_dtype, device)
         model.text_model.language_model = tower.requires_grad_(arguments.train_text_tower)
@@ -136,9 +136,10 @@ def encoder_config(arguments: SiglipModelArguments) -> SiglipResNetConfig:
 def _new_encoder(arguments: SiglipModelArguments, config: SiglipResNetConfig) -> SiglipResNetModel:
     model = SiglipResNetModel(config)
     if arguments.vision_model is not None:
-        model.vision_model = SiglipResNetVisionModel.from_pretrained(
-            arguments.vision_model, config=config.vision_config
-        )
+        with loading(f"--vision-model {arguments.vision_model}"):
+            model.vision_model = SiglipResNetVisionModel.from_pretrained(
+                arguments.vision_model, config=config.vision_config
+            )
     return model
 
 
@@ -166,8 +167,11 @@ def _vision_config(arguments: SiglipModelArguments) -> SiglipResNetVisionConfig:
 def encoder_processor(arguments: SiglipModelArguments) -> SiglipResNetProcessor:
     """The processor of the encoder that the options describe."""
     if arguments.siglip_checkpoint is not None:
-        return SiglipResNetProcessor.from_pretrained(arguments.siglip_checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.text_model, revision=arguments.text_model_revision or "main")
+        with loading(f"--siglip-checkpoint {arguments.siglip_checkpoint}: its processor"):
+            return SiglipResNetProcessor.from_pretrained(arguments.siglip_checkpoint)
+    with loading(f"--text-model {arguments.text_model}: its tokenizer"):
+        revision = arguments.text_model_revision or "main"
+        tokenizer = AutoTokenizer.from_pretrained(arguments.text_model, revision=revision, trust_remote_code=False)
     if tokenizer.pad_token is None:
         # The text tower reads the mask, not the id, so that any token may fill the gaps.
         tokenizer.pad_token = tokenizer.eos_token

@@ -63,7 +63,9 @@ class TextTower:
         if self.inside_encoder:
             tower: Any = SiglipResNetModel.from_pretrained(self.name, **options).text_model.language_model
         else:
-            tower = AutoModel.from_pretrained(self.name, revision=self.revision or "main", **options)
+            tower = AutoModel.from_pretrained(
+                self.name, revision=self.revision or "main", trust_remote_code=False, **options
+            )
         return tower.requires_grad_(False).eval()
 
     def identity(self) -> str:

@@ -24,6 +24,7 @@ from sigphi.modeling.modeling_sigphi import LORA_FOLDER, LORA_WEIGHTS
 from sigphi.train.arguments import SiglipTrainingArguments, check_launch
 from sigphi.train.augmentation import cut_out, jitter_color, shift_and_flip, uniform_draws
 from sigphi.train.averaging import WeightAverage
+from sigphi.train.checkpoint_files import reading
 from sigphi.train.collators import normalize
 from sigphi.train.errors import UserError
 from sigphi.train.gradient_check import GradientCheck
@@ -497,9 +498,10 @@ class VlmTrainer(_ArtifactTrainer):
         if vlm.config.lora is None:
             super()._load_from_checkpoint(resume_from_checkpoint, vlm)
             return
-        weights = load_file(os.path.join(resume_from_checkpoint, "model.safetensors"))
-        lora = load_file(os.path.join(resume_from_checkpoint, LORA_FOLDER, LORA_WEIGHTS))
-        vlm.load_adapter_weights(weights | vlm.lora_keys(lora))
+        with reading(Path(resume_from_checkpoint)):
+            weights = load_file(os.path.join(resume_from_checkpoint, "model.safetensors"))
+            lora = load_file(os.path.join(resume_from_checkpoint, LORA_FOLDER, LORA_WEIGHTS))
+            vlm.load_adapter_weights(weights | vlm.lora_keys(lora))
 
     def _load_best_model(self) -> None:
         """As the Trainer's, for the adapter form too."""

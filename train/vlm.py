@@ -18,7 +18,6 @@ from transformers import AutoTokenizer, PreTrainedConfig, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
-from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel
 from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration, image_feature_size
 from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
 from sigphi.processing.processing_sigphi import SigPhiProcessor
@@ -30,7 +29,7 @@ from sigphi.train.arguments import (
 )
 from sigphi.train.attention import choose_attn_implementation
 from sigphi.train.callbacks import LooksAtImageCallback, watched_rows
-from sigphi.train.checkpoints import pinned_revision, read_config
+from sigphi.train.checkpoints import loading, pinned_revision, read_config, read_encoder
 from sigphi.train.collators import VlmCollator
 from sigphi.train.data import distinct_images, load_data
 from sigphi.train.errors import UserError, run_command
@@ -98,10 +97,15 @@ def check_models(arguments: VlmModelArguments) -> PreTrainedConfig:
 def build_processor(arguments: VlmModelArguments) -> SigPhiProcessor:
     """The encoder's image processor and the language model's tokenizer, prepared for images; or a VLM's own."""
     if arguments.vlm_checkpoint is not None:
-        return SigPhiProcessor.from_pretrained(arguments.vlm_checkpoint)
-    revision = arguments.language_model_revision or "main"
-    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(arguments.language_model, revision=revision))
-    image_processor = SiglipResNetProcessor.from_pretrained(arguments.siglip_checkpoint).image_processor
+        with loading(f"--vlm-checkpoint {arguments.vlm_checkpoint}: its processor"):
+            return SigPhiProcessor.from_pretrained(arguments.vlm_checkpoint)
+    with loading(f"--language-model {arguments.language_model}: its tokenizer"):
+        revision = arguments.language_model_revision or "main"
+        tokenizer = prepare_tokenizer(
+            AutoTokenizer.from_pretrained(arguments.language_model, revision=revision, trust_remote_code=False)
+        )
+    with loading(f"--siglip-checkpoint {arguments.siglip_checkpoint}: its processor"):
+        image_processor = SiglipResNetProcessor.from_pretrained(arguments.siglip_checkpoint).image_processor
     return SigPhiProcessor(image_processor, tokenizer, num_image_tokens=arguments.num_image_tokens)
 
 
@@ -114,7 +118,8 @@ def build_model(
     """The VLM that the options describe, in the precision of training; a base on the Hub is pinned to its commit."""
     if model_arguments.vlm_checkpoint is not None:
         dtype = weights_dtype(arguments)
-        model = load_checkpoint(model_arguments, dtype, attn_implementation, arguments.device)
+        with loading(f"--vlm-checkpoint {model_arguments.vlm_checkpoint}"):
+            model = load_checkpoint(model_arguments, dtype, attn_implementation, arguments.device)
     else:
         model = _new_model(model_arguments, arguments, processor, attn_implementation)
     base = model.config.base_language_model
@@ -132,7 +137,7 @@ def _new_model(
 ) -> SigPhiForConditionalGeneration:
     # In float16 a trained ResNet may overflow, and it is small.
     tower_dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    encoder = SiglipResNetModel.from_pretrained(model_arguments.siglip_checkpoint, dtype=tower_dtype)
+    encoder = read_encoder(model_arguments.siglip_checkpoint, dtype=tower_dtype)
     language_model = load_language_model(
         model_arguments,
         # Full training needs float32 master weights; the arithmetic is in 16 bits by autocast all the same.
