@@ -66,7 +66,7 @@ MOST_MEMORY = 500_000_000  # bytes that an input may add to the largest size of 
 MOST_CHARACTERS = 1200  # of a message
 
 # How many inputs of each way of changing one.
-COUNTS = {"csv": 500, "image": 800, "config": 800, "yaml": 1000, "checkpoint": 330, "model folder": 350}
+COUNTS = {"csv": 300, "image": 1500, "config": 800, "yaml": 1000, "checkpoint": 100, "model folder": 100}
 
 # Options whose values a training reads before anything loads.
 OPTIONS = """

@@ -51,7 +51,8 @@ def read_config(
         raise UserError(f"{option} {name}: there is no model folder with a config.json here.")
     with loading(f"{option} {name}"):
         if os.path.isdir(name):
-            _check_config_file(Path(name, "config.json"))
+            for path in Path(name).glob("*config.json"):
+                _check_config_file(path)
         config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
     if model_types and config.model_type not in model_types:
         wanted = " or ".join(_KINDS.get(kind, kind) for kind in model_types)
@@ -80,17 +81,18 @@ def loading(place: str) -> Iterator[None]:
 def _check_config_file(path: Path) -> None:
     """Raise a `ValueError` if a config is larger than any, or holds a number that none can have."""
     if path.stat().st_size > _LARGEST_FILE:
-        raise ValueError(f"its config.json has more than {_LARGEST_FILE:,} bytes")
+        raise ValueError(f"its {path.name} has more than {_LARGEST_FILE:,} bytes")
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError("its config.json holds no names with values")
-    _check_numbers(content, "")
+        raise ValueError(f"its {path.name} holds no names with values")
+    if path.name in ("config.json", "generation_config.json"):  # a tokenizer's longest text may be 10^30 tokens
+        _check_numbers(content, "")
 
 
 def _check_numbers(value: Any, name: str) -> None:
     if name.startswith("output_") or name in ("return_dict", "use_cache"):
         if not isinstance(value, bool | None):
-            raise ValueError(f"`{name}` in its config.json has to be true or false")
+            raise ValueError(f"`{name}` in its configuration has to be true or false")
     elif isinstance(value, dict):
         for key, part in value.items():
             _check_numbers(part, key)
@@ -100,9 +102,9 @@ def _check_numbers(value: Any, name: str) -> None:
     elif isinstance(value, int):
         most = _MOST_LAYERS if "layers" in name or "depth" in name else _LARGEST_NUMBER
         if abs(value) > most:
-            raise ValueError(f"`{name}` in its config.json is beyond {most}")
+            raise ValueError(f"`{name}` in its configuration is beyond {most}")
     elif isinstance(value, float) and math.isnan(value):
-        raise ValueError(f"`{name}` in its config.json is NaN")
+        raise ValueError(f"`{name}` in its configuration is NaN")
 
 
 def check_weights_suffice(name: str, config: PreTrainedConfig) -> None:
