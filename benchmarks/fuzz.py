@@ -286,6 +286,7 @@ def main() -> None:
     arguments = parse_args()
     torch.set_num_threads(1)
     be_quiet()
+    origin = provenance()
     results: dict[str, Any] = {}
     faults: dict[str, int] = {}
     for kind in arguments.kinds:
@@ -302,7 +303,7 @@ def main() -> None:
     every = [tally for result in results.values() for tally in result["mutations"].values()]
     total = {key: sum(tally[key] for tally in every) for key in ("inputs", "success", "user error", *FAULTS)}
     total["least_share_behind_the_parser"] = min(tally["share_behind_the_parser"] for tally in every)
-    write_json(arguments.results, provenance() | {"total": total, "kinds": results, "faults": faults})
+    write_json(arguments.results, origin | {"total": total, "kinds": results, "faults": faults})
     sys.stdout.write(f"{total}\n")
     sys.exit(1 if faults else 0)
 
