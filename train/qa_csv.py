@@ -211,10 +211,10 @@ def _row_splits(path: Path, wide: pd.DataFrame, lines: list[int], image_split: s
     splits = wide["Split"].tolist()
     for line, split in zip(lines, splits, strict=True):
         if split not in IMAGE_SPLITS:
-            raise UserError(f"{path}, line {line}, column Split: {split!r} has to be train or test.")
+            raise UserError(f"{path}, line {line}, column Split: {_quoted(split)} has to be train or test.")
         if image_split is not None and split != image_split:
             raise UserError(
-                f"{path}, line {line}, column Split: {split!r}, but --image-split says {image_split}; "
+                f"{path}, line {line}, column Split: {_quoted(split)}, but --image-split says {image_split}; "
                 "leave that option out, the column decides."
             )
     return splits
@@ -292,9 +292,14 @@ def _check_short_answers(path: Path, rows: pd.DataFrame) -> None:
     if not faults.empty:
         first = rows.loc[faults.index[0]]
         raise UserError(
-            f"{path}, line {first['line']}, column S{first['pair']}: {faults.iloc[0]}; empty the cell where nothing "
-            "short can be said."
+            f"{path}, line {first['line']}, column S{first['pair']}: {faults.iloc[0][:300]}; empty the cell where "
+            "nothing short can be said."
         )
+
+
+def _quoted(cell: str) -> str:
+    """A cell as a message shows it: a cell may hold anything."""
+    return repr(cell if len(cell) <= 80 else f"{cell[:80]} ...")
 
 
 def parse_indices(texts: pd.Series) -> pd.Series:
@@ -311,8 +316,8 @@ def with_checked_indices(rows: pd.DataFrame, path: str | Path, num_images: Mappi
         first = bad.iloc[0]
         num_images_of_split = num_images.get(first["split"], 0)
         raise UserError(
-            f"{path}, line {first['line']}, column Dataset_Index: {first['dataset_index']!r} is no row of the "
-            f"{first['split']} split, which has {num_images_of_split} images: 0 to {num_images_of_split - 1}."
+            f"{path}, line {first['line']}, column Dataset_Index: {_quoted(first['dataset_index'])} is no row of "
+            f"the {first['split']} split, which has {num_images_of_split} images: 0 to {num_images_of_split - 1}."
         )
     rows = rows.assign(dataset_index=index)
     _check_duplicates(path, rows)

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -30,7 +31,7 @@ from sigphi.train.checkpoint_files import (
     sole_run,
     write_errors,
 )
-from sigphi.train.errors import UserError
+from sigphi.train.errors import UserError, printable
 from sigphi.train.nonfinite import Finding, NonFiniteError, Step, all_finite, examine
 from sigphi.train.random_state import RandomState, random_state, set_random_state
 from sigphi.train.replay_file import Replay, replay_path, weights_of, write_replay
@@ -38,6 +39,9 @@ from sigphi.train.run_identity import describe_run, differences, same_content
 from sigphi.train.stopping import StopOnSignal
 
 logger = logging.getLogger(__name__)
+
+# How the message begins that PyTorch makes of an error in a worker and the worker's traceback.
+_FROM_WORKER = "Caught UserError in DataLoader worker"
 
 
 class ResumableTrainer(Trainer):
@@ -84,7 +88,31 @@ class ResumableTrainer(Trainer):
             first_process(self, lambda: stack.enter_context(sole_run(output_dir)))
             chosen = first_process(self, lambda: self._choose_checkpoint(output_dir, resume_from_checkpoint))
             stack.enter_context(self.stopping.listening())
-            return super().train(chosen, *args, **kwargs)
+            with self._told():
+                return super().train(chosen, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Within it what ends a training from outside is a [`UserError`]."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory behind step {self.state.global_step}, outside the batches (the optimizer, or an "
+                f"evaluation): use an 8-bit --optim, or a smaller --per-device-eval-batch-size."
+            ) from error
+        except UserError as error:
+            if not str(error).startswith(_FROM_WORKER):
+                raise
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = printable(str(error))[:200]
+            raise UserError(
+                f"a worker of the data loader has died ({reason}). Go on with --resume; fewer "
+                f"--dataloader-num-workers need less memory."
+            ) from error
 
     def _choose_checkpoint(self, output_dir: Path, asked: str | bool | None) -> str | None:
         if asked or self.args.save_strategy != "no":
@@ -190,9 +218,49 @@ class ResumableTrainer(Trainer):
                 set_random_state(self.first_random)
                 self.first_random = None
             self._step.random = random_state()
-        loss = self.one_batch(model, inputs, num_items_in_batch)
+        loss = self._within_memory(model, inputs, num_items_in_batch)
         self._step.losses.append(loss)
         return loss
+
+    def _within_memory(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+        """[`one_batch`]; where memory does not hold it, the step so far once more, in smaller parts."""
+        again: list[dict[str, Any]] = []
+        loss = None
+        while loss is None or again:
+            try:
+                for batch in again:
+                    self.one_batch(model, batch, num_items_in_batch)
+                again = []
+                loss = self.one_batch(model, inputs, num_items_in_batch)
+            except torch.OutOfMemoryError:
+                # Here nothing is done about it: what has failed is in memory until this block is left.
+                loss = None
+            if loss is None:
+                self._take_less(inputs)
+                # The gradients may hold a part of what has failed.
+                model.zero_grad()
+                assert self._step.random is not None, "a step begins with its random numbers"
+                set_random_state(self._step.random)
+                again = self._step.batches[: len(self._step.losses)]
+        return loss
+
+    def _take_less(self, inputs: dict[str, Any]) -> None:
+        clear_device_cache(garbage_collection=True)
+        place = f"out of memory at step {self.state.global_step + 1}"
+        if self.args.world_size > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise UserError(f"{place}, in a job of several processes: {self.memory_advice(inputs)}")
+        said = self.take_less(inputs)
+        if said is None:
+            raise UserError(f"{place}: {self.memory_advice(inputs)}")
+        logger.warning("%s: %s from now on; the batch of an update stays the same", place, said)
+
+    def take_less(self, inputs: dict[str, Any]) -> str | None:
+        """Let [`one_batch`] take less at a time, and say what; `None` where it cannot."""
+        return None
+
+    def memory_advice(self, inputs: dict[str, Any]) -> str:
+        """What the user can do about memory that does not suffice."""
+        return "use a smaller --batch-size, with as many more --gradient-accumulation-steps."
 
     def one_batch(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """The Trainer's own `training_step`; a Trainer that has another one overrides this."""

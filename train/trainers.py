@@ -24,7 +24,7 @@ from sigphi.modeling.modeling_sigphi import LORA_FOLDER, LORA_WEIGHTS
 from sigphi.train.arguments import SiglipTrainingArguments, check_launch
 from sigphi.train.augmentation import cut_out, jitter_color, shift_and_flip, uniform_draws
 from sigphi.train.averaging import WeightAverage
-from sigphi.train.checkpoint_files import reading
+from sigphi.train.checkpoint_files import ASIDE, move_files, reading, write_errors
 from sigphi.train.collators import normalize
 from sigphi.train.errors import UserError
 from sigphi.train.gradient_check import GradientCheck
@@ -32,6 +32,7 @@ from sigphi.train.hub import hub_errors
 from sigphi.train.losses import global_sigmoid_loss
 from sigphi.train.muon import Muon
 from sigphi.train.packing import PackedBatches, question_sizes
+from sigphi.train.parts import split_rows
 from sigphi.train.push import push_run
 from sigphi.train.resumable import ResumableTrainer
 
@@ -98,6 +99,26 @@ class _ArtifactTrainer(ResumableTrainer):
             self.log(extra)
             metrics.update(extra)
         return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        As the Trainer's; files come under their names when all of them are written, the config last.
+
+        Raises:
+            UserError: if they cannot be written; the folder then holds what it held before.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            super().save_model(output_dir, _internal_call)
+            return
+        with write_errors(folder, "Make room; the last checkpoint is whole: go on with --resume."):
+            super().save_model(str(folder / ASIDE / "model"), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                move_files(folder / ASIDE / "model", folder)
+                write_card(folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A final folder holds no pickle: the arguments go to a JSON file. Checkpoints keep the Trainer's own."""
@@ -217,6 +238,7 @@ class SiglipTrainer(_ArtifactTrainer):
         # The loss is the mean of one batch, whatever the model's forward pass accepts: the Trainer divides it by the
         # number of accumulated batches.
         self.model_accepts_loss_kwargs = False
+        self.micro_batch_size = self.args.micro_batch_size  # less, once memory has not sufficed
         self.averaging = WeightAverage(self.args.ema_decay) if self.args.ema_decay > 0 else None
         if self.averaging is not None:
             self.add_callback(self.averaging)
@@ -250,11 +272,11 @@ class SiglipTrainer(_ArtifactTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """As the Trainer's, or in two passes over the parts of the batch."""
-        if self.args.micro_batch_size == 0:
+        if self.micro_batch_size == 0:
             return super().one_batch(model, inputs, num_items_in_batch)
         model.train()
         inputs = self._prepare_inputs(inputs)
-        parts = _split(self._model_inputs(model, inputs), self.args.micro_batch_size)
+        parts = _split(self._model_inputs(model, inputs), self.micro_batch_size)
         seeds = torch.randint(2**62, (len(parts),)).tolist()
         unwrapped = self.accelerator.unwrap_model(model)
         with torch.no_grad(), keep_batch_norm_statistics(unwrapped):
@@ -276,6 +298,25 @@ class SiglipTrainer(_ArtifactTrainer):
                 product = sum((out * grad).sum() for out, grad in zip(outputs, gradients, strict=True))
                 self.accelerator.backward(product / self.current_gradient_accumulation_steps)
         return loss.detach() / self.current_gradient_accumulation_steps
+
+    def take_less(self, inputs: dict[str, Any]) -> str | None:
+        """Half as many images through the towers at a time, in two passes; one pass compares all of a batch."""
+        before = min(self.micro_batch_size, len(inputs["pixel_values"]))
+        if before < 2:
+            return None
+        self.micro_batch_size = before // 2
+        return f"{self.micro_batch_size} images at a time instead of {before}"
+
+    def memory_advice(self, inputs: dict[str, Any]) -> str:
+        """Two passes, where they are not taken yet."""
+        images = len(inputs["pixel_values"])
+        smaller = min(self.micro_batch_size or images, images) // 2
+        if smaller == 0:
+            return "even one image at a time is too much: use a smaller model or --image-size."
+        return (
+            f"add --micro-batch-size {smaller}, which compares the same {images} images in less memory and a second "
+            f"forward pass."
+        )
 
     def evaluate(
         self,
@@ -413,6 +454,34 @@ class VlmTrainer(_ArtifactTrainer):
         # There the gradients lie in parts, in places of their own.
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self.add_callback(GradientCheck())
+        self.rows_at_once: int | None = None  # all of a batch, until memory does not suffice
+
+    def one_batch(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """As the Trainer's; or of parts of the batch: their losses add up, since all are over the update's tokens."""
+        if self.rows_at_once is None or len(inputs["input_ids"]) <= self.rows_at_once:
+            return super().one_batch(model, inputs, num_items_in_batch)
+        config: Any = self.accelerator.unwrap_model(model).config
+        parts = split_rows(inputs, self.rows_at_once, config.image_token_id, config.num_image_tokens)
+        losses = [super(VlmTrainer, self).one_batch(model, part, num_items_in_batch) for part in parts]
+        return torch.stack(losses).sum()
+
+    def take_less(self, inputs: dict[str, Any]) -> str | None:
+        """Half as many rows through the model at a time."""
+        rows = len(inputs["input_ids"])
+        before = min(self.rows_at_once or rows, rows)
+        if before < 2:
+            return None
+        self.rows_at_once = before // 2
+        return f"{self.rows_at_once} rows at a time instead of {before}"
+
+    def memory_advice(self, inputs: dict[str, Any]) -> str:
+        """What is left behind single rows, or between several processes."""
+        return (
+            "use a smaller --batch-size with as many more --gradient-accumulation-steps, --gradient-checkpointing "
+            "true, --bits 4, or a smaller --tokens-per-row."
+        )
 
     def learning_rate_of(self, name: str) -> float:
         """The projector starts from random weights and learns faster than what is already trained."""
