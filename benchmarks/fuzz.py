@@ -4,11 +4,13 @@
 
 Every input has to end in success or in a user error of one or two lines. The result, benchmarks/results/fuzz.json,
 counts for each way of changing an input how many were made, how many a parser took (so that the code behind it was
-reached), and how they ended; what ends otherwise is kept in `--output-dir`, and the exit code is 1.
+reached), and how they ended; what ends otherwise is kept in `--output-dir`, and the exit code is 1. `--kinds` runs
+some kinds, which replace those of the same name in the result.
 """
 
 import argparse
 import contextlib
+import json
 import logging
 import random
 import resource
@@ -287,25 +289,34 @@ def main() -> None:
     torch.set_num_threads(1)
     be_quiet()
     origin = provenance()
-    results: dict[str, Any] = {}
-    faults: dict[str, int] = {}
+    found = json.loads(arguments.results.read_text())["kinds"] if arguments.results.exists() else {}
     for kind in arguments.kinds:
-        fuzz = Fuzz(kind, (arguments.output_dir / kind.replace(" ", "_")).absolute(), arguments.seed)
-        began = time.perf_counter()
-        count = max(1, round(COUNTS[kind] * arguments.share))
-        tallies = {name: fuzz.run(name, change, count).as_json() for name, change in mutations()[kind].items()}
-        seconds = time.perf_counter() - began
-        results[kind] = {"seeds": len(fuzz.seeds), "seconds": round(seconds, 1), "mutations": tallies}
-        faults |= {f"{kind}: {what}": number for what, number in fuzz.faults.items()}
-        for name, tally in tallies.items():
-            sys.stdout.write(f"{kind:12} {name:32} {tally}\n")
-            sys.stdout.flush()
-    every = [tally for result in results.values() for tally in result["mutations"].values()]
+        found[kind] = origin | run_kind(kind, arguments)
+        found = {name: found[name] for name in TARGETS if name in found}
+        write_json(arguments.results, {"total": totals(found), "kinds": found})
+    sys.stdout.write(f"{totals(found)}\n")
+    sys.exit(1 if any(found[kind]["faults"] for kind in arguments.kinds) else 0)
+
+
+def run_kind(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All ways to change an input of a kind."""
+    fuzz = Fuzz(kind, (arguments.output_dir / kind.replace(" ", "_")).absolute(), arguments.seed)
+    began = time.perf_counter()
+    count = max(1, round(COUNTS[kind] * arguments.share))
+    tallies = {}
+    for name, change in mutations()[kind].items():
+        tallies[name] = fuzz.run(name, change, count).as_json()
+        sys.stdout.write(f"{kind:12} {name:32} {tallies[name]}\n")
+        sys.stdout.flush()
+    seconds = round(time.perf_counter() - began, 1)
+    return {"seeds": len(fuzz.seeds), "seconds": seconds, "mutations": tallies, "faults": dict(fuzz.faults)}
+
+
+def totals(kinds: dict[str, Any]) -> dict[str, Any]:
+    """Over all kinds of a result."""
+    every = [tally for result in kinds.values() for tally in result["mutations"].values()]
     total = {key: sum(tally[key] for tally in every) for key in ("inputs", "success", "user error", *FAULTS)}
-    total["least_share_behind_the_parser"] = min(tally["share_behind_the_parser"] for tally in every)
-    write_json(arguments.results, origin | {"total": total, "kinds": results, "faults": faults})
-    sys.stdout.write(f"{total}\n")
-    sys.exit(1 if faults else 0)
+    return total | {"least_share_behind_the_parser": min(tally["share_behind_the_parser"] for tally in every)}
 
 
 __all__ = ["Fuzz", "be_quiet", "files_of", "main", "mutations"]
