@@ -174,10 +174,10 @@ def checkpoints(path: Path, parsed: Callable[[], None]) -> None:
 
 def model_folder(path: Path, parsed: Callable[[], None]) -> None:
     """A model's folder, loaded and asked: its weights are those of its files."""
-    config: Any = read_config(str(path), "MODEL", SiglipResNetConfig.model_type, SigPhiConfig.model_type)
     names = _names_of_weights(path / "model.safetensors")
     if names:
         parsed()
+    config: Any = read_config(str(path), "MODEL", SiglipResNetConfig.model_type, SigPhiConfig.model_type)
     model, processor = load_for_evaluation(str(path))
     if any(parameter.is_meta for parameter in model.parameters()):
         raise WrongSuccess("weights are missing")

@@ -104,6 +104,8 @@ def fault_of(folder: Path) -> str | None:
             if path.stat().st_size != size or file_digest(path) != digest:
                 return f"its file {name} is damaged"
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        if not isinstance(state.log_history, list):
+            raise ValueError("the log is no list")
         if state.global_step != step_of(folder):
             return f"it was renamed: its {TRAINER_STATE_NAME} is of step {printable(str(state.global_step))[:50]}"
         if not any(True for pattern in _OPTIMIZER for _ in folder.glob(pattern)):

@@ -196,9 +196,11 @@ class CommandParser(HfArgumentParser):
             self._check_number(name, value)
         try:
             return dataclass_type(**values)
-        except UserError:
-            raise
-        except (ValueError, OverflowError) as error:
+        except UserError as error:
+            if len(str(error)) <= 2 * _LONGEST_SHOWN:
+                raise
+            raise UserError(f"{str(error)[: 2 * _LONGEST_SHOWN]} ...") from error
+        except (ValueError, OverflowError, OSError) as error:
             # The classes check their values in `__post_init__`, and these come from the user.
             self.error(_shown(str(error)))
 
