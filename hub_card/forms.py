@@ -13,7 +13,12 @@ from transformers.utils import cached_file
 
 from sigphi.configuration.configuration_sigphi import SigPhiConfig
 from sigphi.hub_card.cards import write_card
-from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration, base_quantization, dequantized
+from sigphi.modeling.modeling_sigphi import (
+    SigPhiForConditionalGeneration,
+    base_quantization,
+    bring_to,
+    dequantized,
+)
 
 FORMS = ("adapter", "merged", "nf4")
 # What a training records beside its model, and what is true of its model in every form.
@@ -69,7 +74,8 @@ def merged_model(name: str, base: str, dtype: torch.dtype, device: torch.device)
         model.merge_lora(dtype)
     elif form_of(model.config) == "nf4":
         _dequantize(model, dtype)
-    return model.to(dtype)
+    bring_to(model, dtype)
+    return model
 
 
 def _dequantize(model: Any, dtype: torch.dtype) -> None:

@@ -157,7 +157,7 @@ class SigPhiPreTrainedModel(PreTrainedModel):
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype", "auto"))
             if "quantization_config" in vars(config) and dtype not in ("auto", None):
-                _keep_in(loaded[0] if isinstance(loaded, tuple) else loaded, dtype)
+                bring_to(loaded[0] if isinstance(loaded, tuple) else loaded, dtype)
         else:
             loaded = cls._from_adapter(pretrained_model_name_or_path, config, **dict(kwargs))
         check_weights(pretrained_model_name_or_path, config.weight_hashes, **kwargs)
@@ -272,10 +272,12 @@ def keep_4bit_weights(model: nn.Module) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
-def _keep_in(model: PreTrainedModel, dtype: torch.dtype | str) -> None:
+def bring_to(model: PreTrainedModel, dtype: torch.dtype | str) -> None:
     """
-    Bring what is not quantised to a precision, in place: of a model that is stored quantised, transformers leaves part
-    of it in the stored one.
+    Bring what is not quantised of a VLM to a precision, in place, as loading in that precision does.
+
+    Of a model that is stored quantised, transformers leaves part of it in the stored one. `model.to(dtype)` would
+    round the frequencies of rotary positions too, which loading makes anew in float32.
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     for parameter in model.parameters():
@@ -889,6 +891,7 @@ __all__ = [
     "SigPhiMultiModalProjector",
     "SigPhiPreTrainedModel",
     "base_quantization",
+    "bring_to",
     "causal_language_model",
     "dequantized",
     "image_feature_size",

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from bitsandbytes.nn import Linear4bit
 from huggingface_hub import HfApi
 from matrix_reader import answers_of, versions
 from transformers import AutoProcessor
@@ -45,9 +44,8 @@ def saved_model(folder: Path) -> tuple[Any, Any]:
     """
     The model in memory whose weights lie in `folder`, and its processor.
 
-    Training keeps in float32 what is loaded in the precision that the config names, computes under autocast, has
-    kernels in another order of memory, and does without a path of bitsandbytes' 4-bit layers that inference takes on
-    some processors.
+    Training keeps in float32 what is loaded in the precision that the config names, computes under autocast, and has
+    kernels in another order of memory.
     """
     config = json.loads((folder / "config.json").read_text())
     is_encoder = config["model_type"] == "siglip_resnet"
@@ -58,9 +56,6 @@ def saved_model(folder: Path) -> tuple[Any, Any]:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(getattr(torch, config["dtype"])).contiguous()
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = type(module)(64, 64).support_avx512bf16_for_cpu
     return model.eval(), AutoProcessor.from_pretrained(folder)
 
 

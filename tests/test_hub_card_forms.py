@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from sigphi import SigPhiConfig, SigPhiForConditionalGeneration, SigPhiProcessor
-from sigphi.hub_card.forms import export_form, form_of
+from sigphi.hub_card.forms import export_form, form_of, merged_model
 
 QUESTIONS = ["What?", "What is the object in the image?"]
 
@@ -135,6 +135,12 @@ def test_answering_leaves_4_bit_weights_as_they_are(made, form, monkeypatch):
     before = [layer.weight.clone() for layer in layers]
     logits_of(model, made.inputs)
     assert layers and all(torch.equal(a, layer.weight) for a, layer in zip(before, layers, strict=True))
+
+
+def test_what_is_merged_in_16_bits_is_what_is_loaded(made, tmp_path):
+    merged = merged_model(str(made.adapter), "dequantized", torch.bfloat16, torch.device("cpu"))
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(merged, made.inputs), logits_of(load(tmp_path), made.inputs))
 
 
 def test_merging_into_the_original_weights_is_another_model(made, tmp_path):
