@@ -407,7 +407,7 @@ def test_a_picture_that_cannot_be_decoded_is_a_failure_of_its_own(
 def test_a_missing_picture_file_stops_the_run(tmp_path: Path) -> None:
     images = {"train": datasets.Dataset.from_dict({"img": [{"bytes": None, "path": str(tmp_path / "gone.png")}]})}
     batch = pd.DataFrame({"split": ["train"], "dataset_index": [0], "question": ["What?"]})
-    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+    with pytest.raises(UserError, match=r"gone\.png cannot be read: No such file"):
         answer_batch(Parrot(), images, batch)  # type: ignore[arg-type]
 
 
