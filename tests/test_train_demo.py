@@ -213,7 +213,8 @@ def event(address: str, picture: Path) -> str:
     )[1]
 
 
-@pytest.mark.slow  # behind some tests of other files in the same process, pytest's capture of the output is found closed
+# Behind some tests of other files in the same process, the output that pytest captures is found closed.
+@pytest.mark.slow
 def test_the_page_is_served_until_it_is_interrupted(folders, images, monkeypatch, capsys):
     """It reads uploads and no other file; after Ctrl-C nobody listens, and what was uploaded is gone."""
     images[0].save(folders / "a.png")
