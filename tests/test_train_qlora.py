@@ -142,9 +142,9 @@ def test_dora_merges_into_the_weights_that_it_stands_for(tiny_encoder, base_fold
 def test_the_language_model_lies_on_the_device_of_its_process(monkeypatch, base_folder):
     given: dict[str, Any] = {}
 
-    def from_pretrained(name: str, **kwargs: Any) -> nn.Module:
+    def from_pretrained(name: str, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
         given.update(kwargs)
-        return nn.Linear(1, 1)
+        return nn.Linear(1, 1), {"missing_keys": set()}
 
     monkeypatch.setattr(qlora.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     arguments = VlmModelArguments(siglip_checkpoint="encoder", language_model=str(base_folder), bits=4)
