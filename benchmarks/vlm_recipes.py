@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--language-model", default="microsoft/phi-2")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    where = provenance()  # before the first file is written
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_encoder(folder / "encoder", options.language_model)
@@ -87,7 +88,7 @@ def main() -> None:
             peak = facts.get("measured_bytes", facts["estimated_bytes"])
             facts |= {"limit_bytes": round(LIMITS[recipe.stem]), "fits": peak <= LIMITS[recipe.stem]}
             logger.info("%s: %.2f GB of %.0f GB", recipe.stem, peak / 1e9, LIMITS[recipe.stem] / 1e9)
-            write_json(recipe.with_suffix(".json"), facts | provenance())
+            write_json(recipe.with_suffix(".json"), facts | where)
 
 
 if __name__ == "__main__":
