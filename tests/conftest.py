@@ -1,7 +1,9 @@
 """Models, tokenizers and images made in code: nothing is downloaded, and every test gets its own copy."""
 
+import contextlib
 import copy
 import os
+import resource
 import subprocess
 import sys
 from collections import UserDict
@@ -20,6 +22,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from toy_base import write_toy_base
 from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast, SiglipImageProcessor
 
 from sigphi import (
@@ -31,7 +34,6 @@ from sigphi import (
     SigPhiProcessor,
 )
 from sigphi.train.arguments import VlmModelArguments
-from sigphi.train.base_lm import BaseModelArguments, qa_texts, small_phi, train_tokenizer
 from sigphi.train.data import distinct_images, load_cifar10_qa
 from sigphi.train.data_build import build_csv
 from sigphi.train.prompts import prepare_tokenizer
@@ -337,16 +339,29 @@ def toy_dataset(toy_csv: Path) -> datasets.Dataset:
     return data.select([row for row, position in enumerate(positions) if position < 20])
 
 
+@contextlib.contextmanager
+def files_of_20_kb() -> Iterator[None]:
+    """Within it files may have 20 kB: what comes behind fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """[`files_of_20_kb`] for a whole test."""
+    with files_of_20_kb():
+        yield
+
+
 @pytest.fixture(scope="session")
 def toy_base(toy_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a Phi of two layers, hidden size 64 and random weights, and its tokenizer. Read only."""
     folder = tmp_path_factory.mktemp("toy_base")
-    data = load_cifar10_qa(toy_csv, TOY_IMAGES, eval_fraction=0)["train"]
-    tokenizer = train_tokenizer(qa_texts(data["question"], data["answer"]), 500)
-    torch.manual_seed(0)
-    size = BaseModelArguments(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
-    small_phi(size, tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_toy_base(toy_csv, TOY_IMAGES, folder)
     return folder
 
 

@@ -15,12 +15,11 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import HfApi
 from matrix_reader import answers_of, versions
+from toy_base import write_toy_base
 from transformers import AutoProcessor
 
 from sigphi import SiglipResNetModel, SigPhiForConditionalGeneration
 from sigphi.train import export, merge, push, siglip, vlm
-from sigphi.train.base_lm import BaseModelArguments, qa_texts, small_phi, train_tokenizer
-from sigphi.train.data import load_cifar10_qa
 from sigphi.train.data_build import build_csv
 
 IMAGES = "synthetic:200"
@@ -61,12 +60,7 @@ def saved_model(folder: Path) -> tuple[Any, Any]:
 
 def push_base(csv: Path, folder: Path, repo: str) -> None:
     """A Phi of two layers that knows the words of the questions, on the Hub."""
-    data = load_cifar10_qa(csv, IMAGES, eval_fraction=0)["train"]
-    tokenizer = train_tokenizer(qa_texts(data["question"], data["answer"]), 500)
-    torch.manual_seed(0)
-    size = BaseModelArguments(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
-    small_phi(size, tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_toy_base(csv, IMAGES, folder)
     HfApi().create_repo(repo)
     HfApi().upload_folder(repo_id=repo, folder_path=folder)
 

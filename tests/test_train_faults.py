@@ -2,14 +2,13 @@
 
 import copy
 import os
-import resource
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import files_of_20_kb
 from torch import nn
 from toy_runs import end_of, make_toy, train_toy, unequal, vlm_rows, write_parts
 
@@ -176,15 +175,6 @@ def test_a_worker_that_dies_ends_the_training_in_one_line(how, tmp_path, monkeyp
 # Disks ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """Files may have 20 kB: what comes behind fails as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("stage", ["encoder", "vlm"])
 def test_a_model_without_room_leaves_nothing_under_its_name(stage, parts, tmp_path, small_files):
     trainer = make_toy(stage, parts, tmp_path, **SHORT)
@@ -199,13 +189,8 @@ def test_a_model_without_room_leaves_the_one_that_was_there(parts, tmp_path):
     assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in before}
     assert not (tmp_path / ASIDE).exists()
     trainer = make_toy("vlm", parts, tmp_path, **SHORT)
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
-    try:
-        with pytest.raises(UserError, match="cannot be written"):
-            trainer.save_model()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with files_of_20_kb(), pytest.raises(UserError, match="cannot be written"):
+        trainer.save_model()
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -249,17 +249,6 @@ def test_old_checkpoints_go_and_newer_and_the_best_stay(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (2, 9, 10, 20)]
     remove_old(tmp_path / "checkpoint-10", 1, None)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-20"]
-
-
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """Files may have 20 kB: what comes behind fails as on a full disk."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_checkpoint_without_room_is_an_error_and_the_one_before_stays(copied, parts, small_files):
