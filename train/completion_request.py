@@ -2,17 +2,14 @@
 
 import base64
 import binascii
-import io
 import re
 import reprlib
-import struct
-import zlib
 from typing import Annotated, Any, Literal
 
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from sigphi.processing.processing_siglip_resnet import to_rgb
+from sigphi.train.pictures import LargePictureError, PictureError, decode_picture
 
 # A picture is made small for the model anyway; in memory one of this size takes a few hundred MB.
 MAX_IMAGE_PIXELS = 2**26
@@ -50,20 +47,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 _DATA_URL = re.compile(r"data:image/(?:png|jpe?g);base64,", re.IGNORECASE)
-# What Pillow raises for pictures that are cut off or altered; its readers let errors of their parts through.
-_IMAGE_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    LookupError,
-    ArithmeticError,
-    TypeError,
-    AttributeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 class ApiError(Exception):
@@ -349,23 +332,14 @@ def read_image(data: bytes, param: str) -> Image.Image:
     As [`read_data_url`], of a file's bytes. The pixels of a picture that is too large are not made.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise ApiError(
-                    f"The image has {image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS}: make it "
-                    "smaller.",
-                    param,
-                    "image_too_large",
-                )
-            image.load()
-            return to_rgb(image)
-    except Image.DecompressionBombError as error:
-        raise ApiError("The image has too many pixels: make it smaller.", param, "image_too_large") from error
-    except UnidentifiedImageError as error:
-        raise ApiError("The image is neither PNG nor JPEG.", param, "invalid_image") from error
-    except _IMAGE_ERRORS as error:
-        reason = " ".join(str(error).split())[:100]
-        raise ApiError(f"The image is cut off or damaged ({reason}).", param, "invalid_image") from error
+        return decode_picture(data, ("PNG", "JPEG"), MAX_IMAGE_PIXELS)
+    except LargePictureError as error:
+        pixels = "too many pixels" if error.__cause__ else error  # PIL's own limit, or the one above
+        raise ApiError(f"The image has {pixels}: make it smaller.", param, "image_too_large") from error
+    except PictureError as error:
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            raise ApiError("The image is neither PNG nor JPEG.", param, "invalid_image") from error
+        raise ApiError(f"The image is cut off or damaged ({str(error)[:100]}).", param, "invalid_image") from error
 
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,25 @@ class PictureError(ValueError):
     """Bytes that are no picture which can be decoded; the message says why."""
 
 
-def decode_picture(encoded: bytes) -> Image.Image:
+class LargePictureError(PictureError):
+    """A picture of more pixels than are decoded."""
+
+
+def decode_picture(encoded: bytes, formats: Sequence[str] = FORMATS, most_pixels: int | None = None) -> Image.Image:
     """
     A picture from the bytes of its file.
 
     Args:
-        encoded (`bytes`): of any format of [`FORMATS`].
+        encoded (`bytes`): of any format of `formats`.
+        formats (`Sequence[str]`, *optional*): some of [`FORMATS`], all of them by default.
+        most_pixels (`int`, *optional*): `PIL.Image.MAX_IMAGE_PIXELS`, 89 million, by default.
 
     Returns:
         `PIL.Image.Image`: RGB, upright, see [`to_rgb`].
 
     Raises:
-        PictureError: if it cannot be decoded, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, 89 million.
+        PictureError: if it cannot be decoded; a [`LargePictureError`] if it has more pixels than are allowed. The
+            cause of one of no format that is allowed is an `UnidentifiedImageError` of PIL.
     """
     # Takes seconds, and commands that only read a CSV and labels do without.
     from sigphi.processing.processing_siglip_resnet import to_rgb
@@ -40,8 +48,14 @@ def decode_picture(encoded: bytes) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # Of broken metadata it warns, too, and reads the picture.
             warnings.simplefilter("ignore", UserWarning)
-            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(encoded), formats=formats) as image:
+                if most_pixels is not None and image.width * image.height > most_pixels:
+                    raise LargePictureError(f"{image.width} x {image.height} pixels, more than {most_pixels}")
                 return to_rgb(image)
+    except LargePictureError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise LargePictureError(printable(str(error))) from error
     # A broken file ends its decoder in whatever way it happens to: OSError, SyntaxError, struct.error, IndexError, ...
     except Exception as error:
         # Behind the bracket stands an address in memory.
@@ -67,4 +81,4 @@ def encoded_bytes(cell: dict[str, Any] | None) -> bytes:
         return file.read()
 
 
-__all__ = ["FORMATS", "PictureError", "decode_picture", "encoded_bytes"]
+__all__ = ["FORMATS", "LargePictureError", "PictureError", "decode_picture", "encoded_bytes"]
