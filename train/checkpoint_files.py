@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import TrainerState
@@ -17,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sigphi.train.batch_log import write_durably
+from sigphi.train.checkpoints import loading
 from sigphi.train.errors import UserError, printable
 from sigphi.train.fingerprints import file_digest
 
@@ -127,20 +127,10 @@ def _recorded_files(folder: Path) -> dict[str, tuple[int, str]]:
     return {name: (size, digest) for name, (size, digest) in record["files"].items()}
 
 
-@contextlib.contextmanager
-def reading(folder: Path) -> Iterator[None]:
+def reading(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Within it a checkpoint whose files hold something else than they should, whatever its record says, is a
     [`UserError`]."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    # What reads these files ends on broken ones in whatever way it happens to: RuntimeError, KeyError, TypeError, ...
-    except Exception as error:
-        reason = printable(str(error))[:200] or type(error).__name__
-        raise UserError(
-            f"--resume {folder}: cannot be read ({reason}). Remove it, to go on from another one."
-        ) from error
+    return loading(f"--resume {folder}", "Remove it, to go on from another one.")
 
 
 def step_of(folder: Path) -> int:

@@ -61,12 +61,13 @@ def read_config(
 
 
 @contextlib.contextmanager
-def loading(place: str) -> Iterator[None]:
+def loading(place: str, remedy: str = "Give a model folder, or a reachable Hub id.") -> Iterator[None]:
     """
-    Within it a model, or a part of one, that cannot be read is a [`UserError`].
+    Within it a model, a part of one or a checkpoint that cannot be read is a [`UserError`].
 
     Args:
         place (`str`): where the user gave it, and its name, such as `"MODEL outputs/vlm"`.
+        remedy (`str`, *optional*): what ends the message.
     """
     try:
         yield
@@ -75,7 +76,7 @@ def loading(place: str) -> Iterator[None]:
     # Libraries end on a broken file in whatever way they happen to: KeyError, RecursionError, a bare Exception.
     except Exception as error:
         reason = printable(str(error))[:200] or type(error).__name__
-        raise UserError(f"{place}: cannot be read ({reason}). Give a model folder, or a reachable Hub id.") from error
+        raise UserError(f"{place}: cannot be read ({reason}). {remedy}") from error
 
 
 def _check_config_file(path: Path) -> None:
