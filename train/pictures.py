@@ -2,7 +2,6 @@
 
 import io
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,13 @@ class LargePictureError(PictureError):
     """A picture of more pixels than are decoded."""
 
 
-def decode_picture(encoded: bytes, formats: Sequence[str] = FORMATS, most_pixels: int | None = None) -> Image.Image:
+def decode_picture(encoded: bytes, formats: tuple[str, ...] = FORMATS, most_pixels: int | None = None) -> Image.Image:
     """
     A picture from the bytes of its file.
 
     Args:
         encoded (`bytes`): of any format of `formats`.
-        formats (`Sequence[str]`, *optional*): some of [`FORMATS`], all of them by default.
+        formats (`tuple[str, ...]`, *optional*): some of [`FORMATS`], all of them by default.
         most_pixels (`int`, *optional*): `PIL.Image.MAX_IMAGE_PIXELS`, 89 million, by default.
 
     Returns:
