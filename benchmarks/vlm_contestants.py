@@ -7,7 +7,6 @@ vision-language models has it. Writes to standard output, of each step: when it 
 tokens and its positions.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -73,15 +72,11 @@ def train_sigphi(clock: Clock, folder: Path, words: list[str]) -> None:
 
 
 def question_rows(folder: Path) -> datasets.Dataset:
-    """Prompt, completion and image, a question a row; pictures are decoded for each batch."""
-    rows = json.loads((folder / ROWS).read_text(encoding="utf-8"))
-    pictures = load_images((folder / IMAGES).read_text(encoding="utf-8"), "train")
-
-    def read(batch: dict[str, Any]) -> dict[str, Any]:
-        images = [pictures[index]["img"].convert("RGB") for index in batch.pop("image_index")]
-        return batch | {"image": images}
-
-    return datasets.Dataset.from_list(rows).with_transform(read)
+    """Prompt, completion and image, a question a row; an image is decoded whenever its row is read."""
+    rows = datasets.Dataset.from_json(str(folder / ROWS))
+    pictures = load_images((folder / IMAGES).read_text(encoding="utf-8"), "train").select(rows["image_index"])
+    images = pictures.select_columns(["img"]).rename_column("img", "image")
+    return datasets.concatenate_datasets([rows.remove_columns("image_index"), images], axis=1)
 
 
 def train_trl(clock: Clock, folder: Path, words: list[str]) -> None:
