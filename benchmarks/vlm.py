@@ -131,11 +131,16 @@ def write_llava(folder: Path, base: PhiForCausalLM, image_processor: Any, tokeni
     LlavaProcessor(image_processor, tokenizer, image_token="<image>", **strategy).save_pretrained(folder)
 
 
+def prompt_template(processor: SigPhiProcessor) -> str:
+    """sigphi's own prompt for a picture and `<question>`."""
+    content = [{"type": "image"}, {"type": "text", "text": "<question>"}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
 def write_rows(folder: Path, processor: SigPhiProcessor) -> None:
     """What TRL reads: sigphi's own prompts and answers as texts."""
     questions = load_cifar10_qa(folder / QA, (folder / IMAGES).read_text(encoding="utf-8"), eval_fraction=0.0)["train"]
-    content = [{"type": "image"}, {"type": "text", "text": "<question>"}]
-    template = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    template = prompt_template(processor)
     end = processor.tokenizer.eos_token
     rows = [
         {
