@@ -82,6 +82,7 @@ GRID = {
     for workers in (0, 1)
 }
 FASTEST = "TRL fastest"
+PARTS = ("operations", "grid", "throughput")
 WARM_UP, TIMED_QUESTIONS = 2, 256
 RATIOS = [
     (ours, theirs)
@@ -161,7 +162,7 @@ def write_rows(folder: Path, processor: SigPhiProcessor) -> None:
 def measure(name: str, program: str, options: str, folder: Path) -> dict[str, float]:
     """Questions and supervised tokens a second behind the first steps, positions a question, and peak memory."""
     words = [*options.split(), "--output_dir", str(folder / "output" / name.replace(" ", "_").replace(",", ""))]
-    if program == "sigphi":
+    if "--feature-cache on" in options:
         words += ["--image-cache-dir", str(folder / "features")]
     size = int(options.split(BATCHES)[1].split()[0]) if BATCHES in options else 32
     steps = WARM_UP + max(TIMED_QUESTIONS // size, 3)
@@ -178,10 +179,15 @@ def measure(name: str, program: str, options: str, folder: Path) -> dict[str, fl
     return figures_found
 
 
-def throughput(turns: int, folder: Path) -> dict[str, Any]:
-    """The grid of TRL once, then all contestants and its fastest setting in turns."""
-    grid = {name: measure(f"TRL, {name}", *case, folder) for name, case in GRID.items()}
-    best = max(grid, key=lambda name: grid[name]["questions_per_second"])
+def grid(folder: Path) -> dict[str, Any]:
+    """Questions a second of TRL in each setting of [`GRID`], and the name of the fastest."""
+    found = {name: measure(f"TRL, {name}", *case, folder)["questions_per_second"] for name, case in GRID.items()}
+    speeds = {name: round(speed, 2) for name, speed in found.items()}
+    return {"questions_per_second": speeds, "fastest": max(found, key=lambda name: found[name])}
+
+
+def throughput(turns: int, folder: Path, best: str) -> dict[str, Any]:
+    """All contestants and the setting `best` of TRL in turns."""
     contestants = CONTESTANTS | {FASTEST: GRID[best]}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
     for turn in range(turns):
@@ -199,8 +205,6 @@ def throughput(turns: int, folder: Path) -> dict[str, Any]:
     return {
         "turns": turns,
         "contestants": medians,
-        "grid": {name: round(row["questions_per_second"], 2) for name, row in grid.items()},
-        "fastest": best,
         "ratios": ratios(by_turn, RATIOS),
         "memory_ratios": ratios(peaks, RATIOS),
     }
@@ -281,7 +285,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/vlm_speed"))
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument(
-        "--parts", nargs="+", choices=("operations", "throughput"), default=["operations", "throughput"]
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="throughput needs the grid, run before or now"
     )
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -289,8 +293,13 @@ def main() -> None:
     prepare(folder, options.images, options.tokenizer)
     facts = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     where = {"commit": commit(), "machine": machine("trl", "peft")}
-    for part in options.parts:
-        found = throughput(options.turns, folder) if part == "throughput" else operations(folder, options.tokenizer)
+    for part in [part for part in PARTS if part in options.parts]:
+        if part == "operations":
+            found = operations(folder, options.tokenizer)
+        elif part == "grid":
+            found = grid(folder)
+        else:
+            found = throughput(options.turns, folder, facts["grid"]["fastest"])
         facts[part] = found | where
         write_json(RESULTS, facts)
 
