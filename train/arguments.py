@@ -146,6 +146,11 @@ class SiglipModelArguments:
         default=False,
     )
     stem: str = HfArg(help="'cifar' (3x3, for 32-pixel images) or 'imagenet' (7x7 and pooling).", default="cifar")
+    whiten_stem: bool = HfArg(
+        help="Start the stem as the principal directions of the training images' patches, at unit variance and with "
+        "both signs, and keep it so. --embedding-size is then even, at most 54.",
+        default=False,
+    )
     image_size: int = HfArg(help="Height and width in pixels that images are resized to.", default=32)
     projection_dim: int = HfArg(help="Size of the image and text embeddings.", default=512)
     logit_bias_init: float = HfArg(
@@ -189,10 +194,23 @@ class SiglipModelArguments:
         at_least(
             self, 1, "embedding_size", "hidden_sizes", "depths", "image_size", "projection_dim", "max_text_length"
         )
+        self._check_stem()
         if len(self.hidden_sizes) != len(self.depths):
             raise UserError(
                 f"--hidden-sizes and --depths must name the same stages, got {self.hidden_sizes} and {self.depths}."
             )
+
+    def _check_stem(self) -> None:
+        for option, value in (("vision-model", self.vision_model), ("siglip-checkpoint", self.siglip_checkpoint)):
+            if self.whiten_stem and value is not None:
+                raise UserError(
+                    f"--whiten-stem is for a new image tower, --{option} gives a trained one: leave one out."
+                )
+        if self.whiten_stem and self.stem != "cifar":
+            raise UserError(f"--whiten-stem needs --stem cifar, got --stem {self.stem}.")
+        # Both signs of 27 directions, since a kernel sees 3x3 pixels of three colors.
+        if self.whiten_stem and (self.embedding_size % 2 or self.embedding_size > 54):
+            raise UserError(f"--embedding-size {self.embedding_size}: --whiten-stem needs an even number up to 54.")
 
     @property
     def caches_texts(self) -> bool:

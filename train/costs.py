@@ -40,9 +40,9 @@ from sigphi.train.memory import MemoryMeter, Speed, fake_mode, materialize
 from sigphi.train.muon import Muon
 from sigphi.train.precision import weights_dtype
 from sigphi.train.qlora import build_vlm
-from sigphi.train.siglip import whiten_text_projection
 from sigphi.train.text_tower import TEXTS_A_BATCH, TOKENS_A_BATCH
 from sigphi.train.trainers import SiglipTrainer, tower_inputs
+from sigphi.train.whitening import whiten_text_projection
 
 # What `encode_images` takes at once, and the longest answer that an evaluation asks for.
 ENCODED_AT_ONCE = 256

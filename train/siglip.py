@@ -9,7 +9,7 @@ torchrun --nproc_per_node 2 -m sigphi.train.siglip --use_cpu --input-csv qa.csv 
 import copy
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from sigphi.train.arguments import (
     check_evaluation,
 )
 from sigphi.train.checkpoints import loading, pinned_revision, read_config, read_encoder
-from sigphi.train.collators import SiglipCollator
+from sigphi.train.collators import SiglipCollator, preprocess
 from sigphi.train.data import distinct_images
 from sigphi.train.encoder_data import EncoderData, load_encoder_data
 from sigphi.train.encoder_evaluation import class_embeddings, class_texts, embed_images, pool_texts
@@ -45,8 +45,12 @@ from sigphi.train.report import write_loss_curve
 from sigphi.train.resumable import check_output_dir
 from sigphi.train.text_tower import cached_text_features, text_tower_of, token_ids
 from sigphi.train.trainers import SiglipTrainer
+from sigphi.train.whitening import whiten_stem, whiten_text_projection
 
 logger = logging.getLogger(__name__)
+
+# Patches of so many images tell how pixels hang together.
+WHITENING_IMAGES = 5000
 
 RECIPES = tuple(
     Path(__file__).parent / "recipes" / f"{name}.yaml"
@@ -213,32 +217,6 @@ def cache_texts(
     collator.text_rows = {key: row for row, key in enumerate(spellings)}
 
 
-@torch.no_grad()
-def whiten_text_projection(model: SiglipResNetModel, features: torch.Tensor) -> None:
-    """
-    Start the text projection so that embeddings of different texts point in different directions.
-
-    The states of a language model share a large common part; projected at random, all texts have nearly the same
-    embedding, and the loss has nothing to compare. The projection is composed with the whitening of `features`
-    (centred, all principal directions at unit variance), as for sentence embeddings in Su et al., arXiv 2103.15316.
-
-    Args:
-        model (`SiglipResNetModel`): its `text_model.projection` is set.
-        features (`torch.Tensor` of shape `(texts, hidden_size)`): pooled states of the training texts.
-    """
-    parts = features.split(4096)  # features in a file need not fit in memory
-    mean = sum(part.double().sum(0) for part in parts) / len(features)  # (hidden_size,)
-    covariance = sum((part - mean).t() @ (part - mean) for part in parts) / (len(features) - 1)
-    variances, directions = torch.linalg.eigh(covariance)  # ascending
-    # Directions with almost no variance hold rounding noise, which must not be blown up.
-    scale = (variances + 1e-3 * variances.mean()).rsqrt()
-    whitening = scale[:, None] * directions.t()  # (hidden_size, hidden_size)
-    projection = model.text_model.projection
-    weight = projection.weight.double().cpu() @ whitening
-    projection.weight.copy_(weight)
-    projection.bias.copy_(-weight @ mean)
-
-
 def encoder_collator(
     data: EncoderData,
     config: SiglipResNetConfig,
@@ -272,6 +250,13 @@ def start_text_projection(model: SiglipResNetModel, collator: SiglipCollator, te
     whiten_text_projection(model, features)
 
 
+def start_stem(model: SiglipResNetModel, collator: SiglipCollator, image_indices: Sequence[int]) -> None:
+    """[`whiten_stem`] of a new encoder, by images that are spread over those of training."""
+    step = max(1, len(image_indices) // WHITENING_IMAGES)
+    images = collator.images[torch.tensor(image_indices[::step][:WHITENING_IMAGES])]
+    whiten_stem(model.vision_model, preprocess(collator.processor, images))
+
+
 def zero_shot_metric(
     rows: datasets.Dataset, collator: SiglipCollator, batch_size: int
 ) -> Callable[[SiglipResNetModel], dict[str, float]]:
@@ -291,8 +276,10 @@ def zero_shot_metric(
 def encoder_to_train(
     model_arguments: SiglipModelArguments, arguments: SiglipTrainingArguments, config: SiglipResNetConfig
 ) -> SiglipResNetModel:
-    """[`build_encoder`], laid out in memory as training wants it."""
+    """[`build_encoder`], laid out in memory as training wants it, with what stays as it is frozen."""
     model = build_encoder(model_arguments, config, arguments.device)
+    if model_arguments.whiten_stem:
+        model.vision_model.embedder.convolution.requires_grad_(False)
     if arguments.channels_last:
         model.vision_model.to(memory_format=torch.channels_last)
     return model
@@ -333,6 +320,8 @@ def main(argv: list[str] | None = None) -> None:
     model = encoder_to_train(model_arguments, arguments, config)
     if model_arguments.siglip_checkpoint is None:  # a checkpoint's projection is trained already
         start_text_projection(model, collator, data.texts())
+    if model_arguments.whiten_stem:
+        start_stem(model, collator, data.rows["train"]["image_index"])
     eval_rows, batch_size = data.rows.get("eval"), arguments.per_device_eval_batch_size
     has_labels = eval_rows is not None and "label" in eval_rows.column_names
     trainer = SiglipTrainer(

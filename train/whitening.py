@@ -1,0 +1,75 @@
+"""Layers of the encoder that start from the statistics of what they read."""
+
+import torch
+import torch.nn.functional as F
+
+from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel, SiglipResNetVisionModel
+
+_IMAGES_AT_ONCE = 500
+
+
+@torch.no_grad()
+def whiten_text_projection(model: SiglipResNetModel, features: torch.Tensor) -> None:
+    """
+    Start the text projection so that embeddings of different texts point in different directions.
+
+    The states of a language model share a large common part; projected at random, all texts have nearly the same
+    embedding, and the loss has nothing to compare. The projection is composed with the whitening of `features`
+    (centred, all principal directions at unit variance), as for sentence embeddings in Su et al., arXiv 2103.15316.
+
+    Args:
+        model (`SiglipResNetModel`): its `text_model.projection` is set.
+        features (`torch.Tensor` of shape `(texts, hidden_size)`): pooled states of the training texts.
+    """
+    parts = features.split(4096)  # features in a file need not fit in memory
+    mean = sum(part.double().sum(0) for part in parts) / len(features)  # (hidden_size,)
+    covariance = sum((part - mean).t() @ (part - mean) for part in parts) / (len(features) - 1)
+    variances, directions = torch.linalg.eigh(covariance)  # ascending
+    # Directions with almost no variance hold rounding noise, which must not be blown up.
+    scale = (variances + 1e-3 * variances.mean()).rsqrt()
+    whitening = scale[:, None] * directions.t()  # (hidden_size, hidden_size)
+    projection = model.text_model.projection
+    weight = projection.weight.double().cpu() @ whitening
+    projection.weight.copy_(weight)
+    projection.bias.copy_(-weight @ mean)
+
+
+@torch.no_grad()
+def whiten_stem(vision_model: SiglipResNetVisionModel, pixel_values: torch.Tensor) -> None:
+    """
+    Start the stem's convolution as the whitening of what its kernel sees of images.
+
+    Neighbouring pixels are nearly the same, so that random kernels nearly all tell how bright a patch is. Here each
+    kernel is a principal direction of the patches, at unit variance, those of the most variance first, and the other
+    half of the kernels is the first half negated, for what ReLU takes away (Jordan, arXiv 2404.00498, section 3.2).
+
+    Args:
+        vision_model (`SiglipResNetVisionModel`): its `embedder.convolution`, of a `"cifar"` stem, is set; it has an
+            even number of kernels, at most two for each of the `channels x 3 x 3` numbers of a patch.
+        pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`): normalised images.
+    """
+    convolution = vision_model.embedder.convolution
+    count = convolution.out_channels // 2
+    covariance = _patch_covariance(pixel_values, convolution.kernel_size[0])
+    variances, directions = torch.linalg.eigh(covariance)  # ascending
+    directions = directions.flip(1).t()[:count]  # (count, patch)
+    # Directions with almost no variance hold rounding noise, which must not be blown up.
+    scale = (variances.flip(0)[:count] + 1e-3 * variances.mean()).rsqrt()
+    kernels = (scale[:, None] * directions).view(count, *convolution.weight.shape[1:])
+    convolution.weight.copy_(torch.cat([kernels, -kernels]))
+
+
+def _patch_covariance(pixel_values: torch.Tensor, size: int) -> torch.Tensor:
+    """Of patches of `size` x `size` pixels within the images, `(patch, patch)` in float64."""
+    parts = pixel_values.split(_IMAGES_AT_ONCE)
+    count = sum(len(_patches(part, size)) for part in parts)
+    mean = torch.stack([_patches(part, size).sum(0) for part in parts]).sum(0) / count  # (patch,)
+    centred = (_patches(part, size) - mean for part in parts)  # (patches, patch) each
+    return torch.stack([part.t() @ part for part in centred]).sum(0) / (count - 1)
+
+
+def _patches(pixel_values: torch.Tensor, size: int) -> torch.Tensor:
+    return F.unfold(pixel_values, size).transpose(1, 2).flatten(0, 1).double()  # (patches, channels * size * size)
+
+
+__all__ = ["whiten_stem", "whiten_text_projection"]
