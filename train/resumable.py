@@ -31,7 +31,7 @@ from sigphi.train.checkpoint_files import (
     sole_run,
     write_errors,
 )
-from sigphi.train.errors import UserError, printable
+from sigphi.train.errors import UserError, worker_errors
 from sigphi.train.nonfinite import Finding, NonFiniteError, Step, all_finite, examine
 from sigphi.train.random_state import RandomState, random_state, set_random_state
 from sigphi.train.replay_file import Replay, replay_path, weights_of, write_replay
@@ -39,9 +39,6 @@ from sigphi.train.run_identity import describe_run, differences, same_content
 from sigphi.train.stopping import StopOnSignal
 
 logger = logging.getLogger(__name__)
-
-# How the message begins that PyTorch makes of an error in a worker and the worker's traceback.
-_FROM_WORKER = "Caught UserError in DataLoader worker"
 
 
 class ResumableTrainer(Trainer):
@@ -94,24 +91,14 @@ class ResumableTrainer(Trainer):
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
         """Within it what ends a training from outside is a [`UserError`]."""
+        remedy = "Go on with --resume; fewer --dataloader-num-workers need less memory."
         try:
-            yield
+            with worker_errors("a worker of the data loader", remedy):
+                yield
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"out of memory behind step {self.state.global_step}, outside the batches (the optimizer, or an "
                 f"evaluation): use an 8-bit --optim, or a smaller --per-device-eval-batch-size."
-            ) from error
-        except UserError as error:
-            if not str(error).startswith(_FROM_WORKER):
-                raise
-            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            reason = printable(str(error))[:200]
-            raise UserError(
-                f"a worker of the data loader has died ({reason}). Go on with --resume; fewer "
-                f"--dataloader-num-workers need less memory."
             ) from error
 
     def _choose_checkpoint(self, output_dir: Path, asked: str | bool | None) -> str | None:
