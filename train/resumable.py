@@ -1,6 +1,7 @@
 """A Trainer that loses nothing: exact resuming, checkpoints that are whole, an end at the first NaN."""
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -48,7 +50,8 @@ class ResumableTrainer(Trainer):
     - A checkpoint is written aside, brought to the disk, and renamed: what has its name is whole. It records the run,
       see [`describe_run`]; only the same run goes on from it. Older ones are removed behind that.
     - `train(resume_from_checkpoint=...)` takes the folder of a checkpoint, or `True` or `"newest"` for the newest one
-      of `args.output_dir` that is whole and of this run, or for a new start where there is none yet.
+      of `args.output_dir` that is whole and of this run, or for a new start where there is none yet. A stream
+      (`IterableDataset`) is read again up to there, which has to be in its first pass.
     - SIGTERM and SIGINT save and stop, see [`StopOnSignal`].
     - The first loss or gradient that is no number raises a [`NonFiniteError`]; the step is kept in a replay file.
 
@@ -115,6 +118,8 @@ class ResumableTrainer(Trainer):
         if chosen is None:
             logger.info("no checkpoint in %s yet: training starts at its beginning", output_dir)
             return None
+        if isinstance(self.train_dataset, IterableDataset | datasets.IterableDataset):
+            check_first_pass(chosen)
         logger.info("training goes on from %s", chosen)
         for change in differences(recorded_run(chosen), self._run)[1]:
             logger.warning("%s: the weights will not be, bit for bit, those of a run that was never stopped", change)
@@ -378,6 +383,20 @@ def check_checkpoint(folder: Path, output_dir: Path, run: dict[str, Any]) -> Non
         )
 
 
+def check_first_pass(folder: Path) -> None:
+    """
+    Raise a [`UserError`] if a checkpoint of a training on a stream is of the second pass over it, or of a later one.
+
+    Of a stream the Trainer knows no length: it reads the first pass again, and steps over all batches in that one.
+    """
+    epoch = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["epoch"]
+    if epoch >= 1:
+        raise UserError(
+            f"{folder}: the rows are a stream, and this checkpoint is of its pass {int(epoch) + 1}; training can go "
+            f"on within the first one alone. Let the stream have no end: `dataset.repeat(None)`."
+        )
+
+
 def check_no_checkpoints(output_dir: Path) -> None:
     """Raise a [`UserError`] if a folder holds checkpoints of an earlier run, with which a new one would be mixed."""
     found = checkpoints(output_dir)
@@ -428,6 +447,7 @@ def _reason_against(folder: Path, run: dict[str, Any]) -> str | None:
 __all__ = [
     "ResumableTrainer",
     "check_checkpoint",
+    "check_first_pass",
     "check_no_checkpoints",
     "check_output_dir",
     "first_process",
