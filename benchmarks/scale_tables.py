@@ -12,6 +12,11 @@ def found(part: str) -> Any:
     return json.loads(RESULTS.read_text(encoding="utf-8"))[part]["found"]
 
 
+def versions(part: str) -> dict[str, str]:
+    """The versions of the packages that a part has run with."""
+    return json.loads(RESULTS.read_text(encoding="utf-8"))[part]["versions"]
+
+
 def size(count: float) -> str:
     """Bytes as a person reads them, in powers of ten."""
     units = ("bytes", "kB", "MB", "GB", "TB")
@@ -46,7 +51,7 @@ def pairs_table() -> str:
         "before the first step: one core": lambda one: span(one["whole_set_core_hours"]),
         "before the first step: memory": lambda one: size(one["whole_set_held_bytes"]),
         "copy that `datasets` makes on the disk": lambda one: size(one["whole_set_copied_bytes"]),
-        "cores that read and decode a stream once a day": lambda one: f"{one['cores_to_read_in_a_day']:,.1f}",
+        "cores that read and decode a stream in a day": lambda one: f"{one['cores_to_read_in_a_day']:,.1f}",
         "to read half a stream again, undecoded: one core": lambda one: span(one["hours_to_skip_half"]),
     }
     rows = [[name, *(cell(one) for one in columns)] for name, cell in lines.items()]
@@ -126,7 +131,7 @@ def processes_table() -> str:
 
 def training_table() -> str:
     """One process against two."""
-    one, two = found("training")
+    one, two = found("training")["rows"]
     rows = [
         [
             str(case["processes"]),
@@ -154,7 +159,7 @@ def loss_table() -> str:
             f"{one['batch']:,}",
             f"{one['chunk_size']:,}",
             f"{one['peak_mb']:,.0f} MB",
-            f"{(logit * one['batch'] * one['chunk_size'] + arrays * 4 * 512 * one['batch']) / 1e6:,.0f} MB",
+            f"{one['explained_mb']:,.0f} MB",
             f"{one['seconds']:.2f} s",
         ]
         for one in measured["rows"]
@@ -162,7 +167,7 @@ def loss_table() -> str:
     return (
         f"{table(['images and texts', 'chunk', 'peak', 'by the constants', 'one core'], rows)}\nThe constants: "
         f"{logit:.1f} bytes for each logit of a chunk, {arrays:.1f} arrays as large as the embeddings of one side; "
-        f"the largest error is {measured['largest_error']:.0%} (benchmarks/scale.py).\n"
+        f"the largest error is {measured['largest_error']:.0%} (benchmarks/loss_memory.py, scale.py).\n"
     )
 
 
@@ -190,22 +195,16 @@ def reading_table() -> str:
 def resuming_table() -> str:
     """What comes behind a stop in the middle of a shard."""
     cases = found("resuming")
-    rows = [
-        [
-            one["reader"],
-            "yes" if one["identical"] else "no",
-            f"{one['lost']:,}",
-            f"{one['repeated']:,}",
-            size(one["state_bytes"]),
-            f"{one['seconds_to_first_row']:.2f} s",
-        ]
-        for one in cases
-    ]
-    head = ["read", "same rows, same order", "lost", "twice", "state", "to the first row"]
+    rows = []
+    for one in cases:
+        cells = [f"fails: `{one['error']}`", "", ""] if "error" in one else []
+        cells = cells or ["yes" if one["identical"] else "no", f"{one['lost']:,}", f"{one['repeated']:,}"]
+        rows.append([one["reader"], *cells, size(one["state_bytes"])])
     return (
-        f"{table(head, rows)}\nLeft behind {cases[0]['left_after']:,} of 8,000 rows in four shards, and gone on from "
-        f"`state_dict()` in another process; workers are those of torchdata's `StatefulDataLoader` "
-        f"(benchmarks/scale.py).\n"
+        f"{table(['read', 'same rows, same order', 'lost', 'twice', 'state'], rows)}\nLeft behind "
+        f"{cases[0]['left_after']:,} of {cases[0]['rows']:,} rows in {cases[0]['shards']} shards, and gone on from "
+        f"`state_dict()` in another process; workers are those of torchdata's `StatefulDataLoader`. datasets "
+        f"{versions('resuming')['datasets']}, torchdata {versions('resuming')['torchdata']} (benchmarks/scale.py).\n"
     )
 
 
