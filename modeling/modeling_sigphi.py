@@ -184,7 +184,7 @@ class SigPhiPreTrainedModel(PreTrainedModel):
         model.place_like_language_model()
         model.eval().requires_grad_(False)
         if cls is not SigPhiForConditionalGeneration:
-            model, info = model.model, renamed(info, _name_without_head)
+            model, info = model.model, _renamed(info, _name_without_head)
         return (model, info) if output_loading_info else model
 
 
@@ -221,7 +221,7 @@ def load_base_language_model(
         if base_config.get("model_type") == SigPhiConfig.model_type:
             return _language_model_of_vlm(name, base_config, config.base_bits, **kwargs)
         base, info = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-        return base, renamed(info, partial(_name_in_vlm, base))
+        return base, _renamed(info, partial(_name_in_vlm, base))
     except OSError as error:
         raise OSError(
             f"Cannot read the base language model {name!r} (revision {revision or 'main'!r}) of this adapter form. "
@@ -245,10 +245,10 @@ def _language_model_of_vlm(
             raise ValueError(f"The base {name!r} is stored in 4 bits, and `base_bits` is {bits}: it has no others.")
         kwargs.pop("quantization_config")  # it brings its own
     vlm, info = SigPhiForConditionalGeneration.from_pretrained(name, **kwargs)
-    return causal_language_model(vlm), renamed(info, lambda weight: None if _is_own(weight) else weight)
+    return causal_language_model(vlm), _renamed(info, lambda weight: None if _is_own(weight) else weight)
 
 
-def renamed(info: dict[str, Any], rename: Callable[[str], str | None]) -> dict[str, Any]:
+def _renamed(info: dict[str, Any], rename: Callable[[str], str | None]) -> dict[str, Any]:
     """What `output_loading_info` tells, with other names of the weights; those without a new name are left out."""
     keys = {
         kind: {new for name in info[kind] if (new := rename(name)) is not None}
