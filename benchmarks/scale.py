@@ -1,11 +1,11 @@
 """What grows with the data and the processes, measured on two cores and projected; writes results/scale.json.
 
     OMP_NUM_THREADS=1 python benchmarks/scale.py
-    OMP_NUM_THREADS=1 python benchmarks/scale.py --parts reading resuming
+    OMP_NUM_THREADS=1 python benchmarks/scale.py --parts resuming
 
-Each part is a process of its own, and says of which commit it is and how busy the machine was. `communication` and
-`training` count bytes in a network namespace of their own, which needs `unshare` and `ip`. `loss_memory` explains what
-benchmarks/loss_memory.py has measured; `projection` computes with the other parts' constants. Both measure nothing.
+Each part is a process of its own, and says of which commit it is and how busy the machine was. `communication` counts
+bytes in a network namespace of its own, which needs `unshare` and `ip`. `loss_memory` explains what
+benchmarks/loss_memory.py has measured; `sizes` and `traffic` compute what is too large to measure here.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from scale_processes import in_own_network
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 LOSS_MEMORY = RESULTS.with_name("loss_memory.json")
+ENCODER = RESULTS.with_name("encoder.json")  # has the number of weights of a ResNet-50 image tower
 PAIRS = (10**6, 10**8, 10**10)
 BATCH = 32_768  # of all processes, as in the paper
 LINKS = (10, 100, 400)  # Gbit/s
@@ -33,19 +34,14 @@ SCRIPTS = {
     "communication": "scale_loss",
     "caches": "scale_caches",
     "resuming": "scale_reading",
-    "reading": "scale_reading",
-    "training": "scale_training",
-    "loading": "scale_whole_set",
-    "image_store": "scale_whole_set",
 }
-ALONE = ("communication", "training")
 PACKAGES = ("torch", "transformers", "datasets", "torchdata", "pyarrow")
 
 
 def measure(part: str) -> Any:
     """What the script of a part finds."""
     command = [sys.executable, str(Path(__file__).with_name(f"{SCRIPTS[part]}.py")), part]
-    command = in_own_network(command) if part in ALONE else command
+    command = in_own_network(command) if part == "communication" else command
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
@@ -78,49 +74,41 @@ def loss_memory() -> dict[str, Any]:
     }
 
 
-def projection(parts: dict[str, Any]) -> dict[str, Any]:
-    """What the constants of the other parts come to for more pairs and more processes than are measured."""
-    whole = parts["loading"]["found"]
-    read = {(one["shards"], one["processes"], one["decoded"]): one for one in parts["reading"]["found"]}
-    stores = {int(one["size"]): one for one in parts["image_store"]["found"]}
-    seconds = {decoded: read[4, 1, decoded]["processor_seconds_per_1000_rows"] / 1000 for decoded in (True, False)}
-    by_pairs = [
+def sizes() -> list[dict[str, Any]]:
+    """What more pairs take, by the formulas that the part `caches` and the tests check."""
+    return [
         {
             "pairs": pairs,
             "steps": pairs // BATCH,
             "text_cache_float32_bytes": pairs * HIDDEN_SIZE * 4,
             "text_cache_bfloat16_bytes": pairs * HIDDEN_SIZE * 2,
-            "image_store_32_bytes": pairs * stores[32]["bytes"],
-            "image_store_224_bytes": pairs * stores[224]["bytes"],
-            "whole_set_core_hours": pairs * (whole["copy_seconds"] + whole["seconds"]) / 3600,
-            "whole_set_held_bytes": pairs * whole["held_bytes"],
-            "whole_set_copied_bytes": pairs * whole["copied_bytes"],
-            "cores_to_read_in_a_day": pairs * seconds[True] / 86_400,
-            "hours_to_skip_half": pairs / 2 * seconds[False] / 3600,
+            "image_store_32_bytes": pairs * 3 * 32**2,
+            "image_store_224_bytes": pairs * 3 * 224**2,
         }
         for pairs in PAIRS
     ]
-    parameters, rate = (
-        parts["training"]["found"]["default_parameters"],
-        parts["loss_memory"]["found"]["flops_per_second"],
-    )
-    by_processes = []
+
+
+def traffic() -> dict[str, Any]:
+    """What more processes send and compute in a step, by the formula that the part `communication` checks."""
+    towers = json.loads(ENCODER.read_text(encoding="utf-8"))["towers"]
+    weights, rate = towers["parameters"]["sigphi"], loss_memory()["flops_per_second"]
+    rows = []
     for processes in (8, 64, 512):
         sent = {variant: loss_bytes(variant, BATCH, processes) for variant in ("ring", "gather")}
-        gradients = gradient_bytes(parameters, processes)
-        by_processes.append(
+        gradients = gradient_bytes(weights, processes)
+        both = {str(link): 8 * (sent["ring"] + gradients) / (1e9 * link) for link in LINKS}
+        rows.append(
             {
                 "processes": processes,
                 "ring_bytes": sent["ring"],
                 "gather_bytes": sent["gather"],
                 "gradient_bytes": gradients,
-                "seconds_of_ring_and_gradients": {
-                    str(link): 8 * (sent["ring"] + gradients) / (1e9 * link) for link in LINKS
-                },
+                "seconds_of_ring_and_gradients": both,
                 "loss_core_seconds": 6 * BATCH**2 * DIM / processes / rate,
             }
         )
-    return {"batch": BATCH, "parameters": parameters, "by_pairs": by_pairs, "by_processes": by_processes}
+    return {"batch": BATCH, "weights": weights, "rows": rows}
 
 
 def main() -> None:
@@ -132,10 +120,8 @@ def main() -> None:
     for part in options.parts:
         parts[part] = about() | {"found": measure(part)}
         _write(parts)
-    if set(SCRIPTS) <= set(parts):
-        parts["loss_memory"] = {"found": loss_memory()}
-        parts["projection"] = {"found": projection(parts)}
-        _write(parts)
+    parts |= {"sizes": {"found": sizes()}, "traffic": {"found": traffic()}, "loss_memory": {"found": loss_memory()}}
+    _write(parts)
 
 
 def _write(parts: dict[str, Any]) -> None:

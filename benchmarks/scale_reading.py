@@ -1,4 +1,4 @@
-"""How a stream of shards is read and gone on with, by `datasets` alone: parts of benchmarks/scale.py."""
+"""How a stream of shards is gone on with, by `datasets` alone: a part of benchmarks/scale.py."""
 
 import io
 import json
@@ -12,7 +12,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from scale_processes import in_processes, tell
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -22,7 +21,6 @@ WORDS = "a small photo of one red truck and two brown dogs under green trees by 
 BATCH = 50
 SEED = 0
 ROWS, SHARDS, LEFT_AFTER = 2_000, 4, 700
-TURNS = 1
 
 
 def _picture(row: int) -> bytes:
@@ -65,47 +63,6 @@ def stream(folder: Path, decoded: bool = False) -> datasets.IterableDataset:
     """The shards of a folder in order."""
     found = datasets.load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train", streaming=True)
     return found if decoded else found.cast_column("image", datasets.Image(decode=False))
-
-
-# A stream ------------------------------------------------------------------------------------------------------------
-
-
-def _read(rank: int, processes: int, folder: Path, decoded: bool) -> dict[str, float]:
-    rows = split_dataset_by_node(stream(folder, decoded), rank, processes)
-    start, processor = time.perf_counter(), time.process_time()
-    count = sum(1 for _ in rows)
-    return {
-        "rows": count,
-        "seconds": time.perf_counter() - start,
-        "processor": time.process_time() - processor,
-    }
-
-
-def reading() -> list[dict[str, Any]]:
-    """
-    Rows a second of one process and of two that share the shards, images decoded or as files; the best of the turns.
-    """
-    cases = [(count, processes, decoded) for count in (1, 2, 4) for processes in (1, 2) for decoded in (True, False)]
-    found: dict[tuple[int, int, bool], list[list[dict[str, float]]]] = {case: [] for case in cases}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(TURNS):
-            for count, processes, decoded in cases:
-                place = write_shards(Path(folder), ROWS, count)
-                found[count, processes, decoded].append(in_processes(_read, processes, place, decoded))
-    return [
-        {
-            "shards": count,
-            "processes": processes,
-            "decoded": decoded,
-            "rows_of_each": [one["rows"] for one in runs[0]],
-            "rows_per_second": ROWS / min(max(one["seconds"] for one in run) for run in runs),
-            "processor_seconds_per_1000_rows": 1000 / ROWS * min(sum(one["processor"] for one in run) for run in runs),
-        }
-        for (count, processes, decoded), runs in found.items()
-    ]
-
-
-# Where a stream was left ---------------------------------------------------------------------------------------------
 
 
 def _plain(folder: Path) -> Any:
@@ -190,4 +147,4 @@ def _left_and_gone_on(name: str, place: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tell({"reading": reading, "resuming": resuming})
+    tell({"resuming": resuming})
