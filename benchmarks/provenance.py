@@ -6,8 +6,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sigphi.train.records import environment
-
 
 def commit() -> str:
     """The checked-out commit, with `-dirty` behind it where files differ from it."""
@@ -19,11 +17,15 @@ def commit() -> str:
 
 def provenance() -> dict[str, Any]:
     """What each file of results begins with: `commit`, `cores` and `environment`."""
+    from sigphi.train.records import environment  # takes seconds
+
     return {"commit": commit(), "cores": os.cpu_count(), "environment": environment()}
 
 
 def machine(*packages: str) -> dict[str, Any]:
     """Versions, those of `packages` too, and the processor."""
+    from sigphi.train.records import environment  # takes seconds
+
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     versions = {name: version(name) for name in packages}

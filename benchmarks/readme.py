@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import scale_tables
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 
@@ -148,6 +150,7 @@ TABLES = {
     "docs/plan.md": {"memory": memory_table},
     "docs/encoder.md": {"speed": speed_table, "repeats": repeats_table},
     "docs/vlm.md": {"recipes": vlm_recipes_table},
+    "docs/scale.md": scale_tables.TABLES,
 }
 
 

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,7 +128,8 @@ class SigPhiPreTrainedModel(PreTrainedModel):
         A folder whose config names a `base_language_model` holds only the image tower, the projector and the LoRA
         weights. The base is then read from its own repository or folder, quantised as it was in training
         (`config.base_bits`); `base_bits=16` or a `quantization_config` overrides that. The base may also be the
-        language model inside another folder of this class.
+        language model inside another folder of this class. `output_loading_info` tells of the base's weights, by their
+        names in this model: those of the form itself are all there, or loading fails.
 
         A `BitsAndBytesConfig` quantises the language model alone: image tower and projector are always left out, and
         the head where the config names no `llm_int8_skip_modules`.
@@ -165,14 +167,14 @@ class SigPhiPreTrainedModel(PreTrainedModel):
         return loaded
 
     @classmethod
-    def _from_adapter(cls, folder: Any, config: SigPhiConfig, **kwargs: Any) -> Any:
+    def _from_adapter(cls, folder: Any, config: SigPhiConfig, output_loading_info: bool = False, **kwargs: Any) -> Any:
         if not is_peft_available():
             raise ImportError(f"{folder} is in adapter form, which needs `peft`: pip install peft")
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
         dtype = config.dtype or torch.float32 if dtype in ("auto", None) else dtype
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        base = load_base_language_model(config, dtype, **kwargs)
+        base, info = load_base_language_model(config, dtype, **kwargs)
         vision_tower = SiglipResNetVisionModel(config.vision_config).to(dtype)
         model = SigPhiForConditionalGeneration.from_parts(config, vision_tower, base)
         model.model.multi_modal_projector.to(dtype)
@@ -181,10 +183,14 @@ class SigPhiPreTrainedModel(PreTrainedModel):
         model.generation_config = GenerationConfig.from_pretrained(folder, **hub)
         model.place_like_language_model()
         model.eval().requires_grad_(False)
-        return model if cls is SigPhiForConditionalGeneration else model.model
+        if cls is not SigPhiForConditionalGeneration:
+            model, info = model.model, _renamed(info, _name_without_head)
+        return (model, info) if output_loading_info else model
 
 
-def load_base_language_model(config: SigPhiConfig, dtype: torch.dtype, **kwargs: Any) -> PreTrainedModel:
+def load_base_language_model(
+    config: SigPhiConfig, dtype: torch.dtype, **kwargs: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """
     The causal language model that an adapter form's config names, quantised as `config.base_bits` says.
 
@@ -193,6 +199,9 @@ def load_base_language_model(config: SigPhiConfig, dtype: torch.dtype, **kwargs:
         dtype (`torch.dtype`): of its weights that are not quantised, and of the arithmetic on those that are.
         kwargs: those of `from_pretrained`: `device_map`, `attn_implementation`, `quantization_config`, ...; `revision`
             is the adapter's, the base has its own.
+
+    Returns:
+        The model, and what `output_loading_info` tells of it, by the names of [`SigPhiForConditionalGeneration`].
 
     Raises:
         OSError: if it cannot be read; the message names its repository and revision.
@@ -205,13 +214,14 @@ def load_base_language_model(config: SigPhiConfig, dtype: torch.dtype, **kwargs:
     # Reading the config has taken `attn_implementation` out of the arguments.
     kwargs.setdefault("attn_implementation", config.text_config._attn_implementation)
     name, revision = config.base_language_model, config.base_language_model_revision
-    kwargs |= {"revision": revision or "main", "dtype": dtype}
+    kwargs |= {"revision": revision or "main", "dtype": dtype, "output_loading_info": True}
     try:
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         base_config, _ = PreTrainedConfig.get_config_dict(name, **hub)
         if base_config.get("model_type") == SigPhiConfig.model_type:
             return _language_model_of_vlm(name, base_config, config.base_bits, **kwargs)
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        base, info = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        return base, _renamed(info, partial(_name_in_vlm, base))
     except OSError as error:
         raise OSError(
             f"Cannot read the base language model {name!r} (revision {revision or 'main'!r}) of this adapter form. "
@@ -219,7 +229,9 @@ def load_base_language_model(config: SigPhiConfig, dtype: torch.dtype, **kwargs:
         ) from error
 
 
-def _language_model_of_vlm(name: str, config: dict[str, Any], bits: int, **kwargs: Any) -> PreTrainedModel:
+def _language_model_of_vlm(
+    name: str, config: dict[str, Any], bits: int, **kwargs: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """
     The base of an adapter form, where that is the language model inside another VLM of this class.
 
@@ -232,7 +244,35 @@ def _language_model_of_vlm(name: str, config: dict[str, Any], bits: int, **kwarg
         if bits != 4:
             raise ValueError(f"The base {name!r} is stored in 4 bits, and `base_bits` is {bits}: it has no others.")
         kwargs.pop("quantization_config")  # it brings its own
-    return causal_language_model(SigPhiForConditionalGeneration.from_pretrained(name, **kwargs))
+    vlm, info = SigPhiForConditionalGeneration.from_pretrained(name, **kwargs)
+    return causal_language_model(vlm), _renamed(info, lambda weight: None if _is_own(weight) else weight)
+
+
+def _renamed(info: dict[str, Any], rename: Callable[[str], str | None]) -> dict[str, Any]:
+    """What `output_loading_info` tells, with other names of the weights; those without a new name are left out."""
+    keys = {
+        kind: {new for name in info[kind] if (new := rename(name)) is not None}
+        for kind in ("missing_keys", "unexpected_keys")
+    }
+    # Beside the name, both shapes.
+    sizes = {(new, *shapes) for name, *shapes in info["mismatched_keys"] if (new := rename(name)) is not None}
+    return {**info, **keys, "mismatched_keys": sizes}
+
+
+def _name_in_vlm(language_model: PreTrainedModel, name: str) -> str:
+    """What a weight of a causal language model is called in the VLM that it is put into."""
+    prefix = f"{language_model.base_model_prefix}."
+    if name.startswith(prefix):
+        return f"model.language_model.{name.removeprefix(prefix)}"
+    head = language_model.get_output_embeddings()
+    heads = {key for key, module in language_model.named_modules() if module is head}
+    module, _, last = name.rpartition(".")
+    return f"lm_head.{last}" if module in heads else name
+
+
+def _name_without_head(name: str) -> str | None:
+    """What a weight of the VLM is called in [`SigPhiModel`], which has no head."""
+    return None if name.startswith("lm_head.") else name.removeprefix("model.")
 
 
 def causal_language_model(vlm: "SigPhiForConditionalGeneration") -> PreTrainedModel:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -313,6 +314,23 @@ def test_weights_that_are_missing_are_not_drawn_at_random(vlm_folder):
     save_file(weights, vlm_folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="1 of its weights are missing .lm_head.weight"):
         load_for_evaluation(str(vlm_folder))
+
+
+def test_nor_are_those_that_the_base_of_the_adapter_form_lacks(
+    make_lora_vlm, tiny_vlm_processor, base_folder, tmp_path
+):
+    base = shutil.copytree(base_folder, tmp_path / "base")
+    model = make_lora_vlm(base_language_model=str(base))
+    model.save_pretrained(tmp_path / "adapter")
+    tiny_vlm_processor.save_pretrained(tmp_path / "adapter")
+    loaded, _ = load_for_evaluation(str(tmp_path / "adapter"))
+    expected = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(tensor.cpu().float(), expected[name]) for name, tensor in loaded.state_dict().items())
+    weights = load_file(base / "model.safetensors")
+    del weights["model.layers.0.mlp.fc1.weight"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="missing .model.language_model.layers.0.mlp.fc1.weight"):
+        load_for_evaluation(str(tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize("length", [0, 2**40, 2**63, 2**64 - 1])

@@ -586,6 +586,60 @@ def test_the_adapter_form_loads_exactly(tiny_lora_vlm, adapter_folder, inputs):
         assert torch.equal(headless(**inputs).last_hidden_state, hidden)
 
 
+def without_weights(folder, *names):
+    """Take tensors out of the file of weights of a folder, and put a stranger into it."""
+    weights = load_file(folder / "model.safetensors")
+    for name in names:
+        del weights[name]
+    weights["model.stranger.weight"] = torch.zeros(1)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("loader", [AutoModelForImageTextToText, SigPhiForConditionalGeneration, AutoModel])
+def test_loading_the_adapter_form_whole_says_so(tiny_lora_vlm, adapter_folder, inputs, loader):
+    model, info = loader.from_pretrained(adapter_folder, output_loading_info=True)
+    expected = tiny_lora_vlm.model if loader is AutoModel else tiny_lora_vlm
+    with torch.no_grad():
+        assert torch.equal(model(**inputs)[0], expected(**inputs)[0])
+    _, info_of_whole = AutoModelForCausalLM.from_pretrained(model.config.base_language_model, output_loading_info=True)
+    assert info == info_of_whole, "the same keys, with nothing under any of them"
+
+
+def test_what_the_base_of_the_adapter_form_lacks_is_named_as_in_the_vlm(adapter_folder, base_folder, tmp_path):
+    base = shutil.copytree(base_folder, tmp_path / "base")
+    without_weights(base, "model.layers.1.mlp.fc1.weight", "lm_head.weight")
+    options = {"base_language_model": str(base), "output_loading_info": True}
+    _, info = SigPhiForConditionalGeneration.from_pretrained(adapter_folder, **options)
+    assert info["missing_keys"] == {"model.language_model.layers.1.mlp.fc1.weight", "lm_head.weight"}
+    assert info["unexpected_keys"] == {"model.language_model.stranger.weight"}
+    _, info = AutoModel.from_pretrained(adapter_folder, **options)
+    assert info["missing_keys"] == {"language_model.layers.1.mlp.fc1.weight"}
+    assert info["unexpected_keys"] == {"language_model.stranger.weight"}
+
+
+def test_of_a_base_inside_a_vlm_only_the_language_model_counts(tiny_vlm, adapter_folder, tmp_path):
+    tiny_vlm.save_pretrained(tmp_path / "vlm")
+    lacking = ["model.vision_tower.projection.weight", "model.language_model.layers.1.mlp.fc1.weight"]
+    without_weights(tmp_path / "vlm", *lacking)
+    _, info = SigPhiForConditionalGeneration.from_pretrained(
+        adapter_folder, base_language_model=str(tmp_path / "vlm"), output_loading_info=True
+    )
+    assert info["missing_keys"] == {lacking[1]}, "the tower is that of the adapter form"
+    assert info["unexpected_keys"] == {"model.stranger.weight"}
+
+
+def test_the_sizes_that_do_not_fit_are_named_as_in_the_vlm(adapter_folder, base_folder, tmp_path):
+    base = shutil.copytree(base_folder, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.mlp.fc1.bias"] = torch.zeros(3)
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    options = {"base_language_model": str(base), "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = SigPhiForConditionalGeneration.from_pretrained(adapter_folder, **options)
+    name = "model.language_model.layers.1.mlp.fc1.bias"
+    [(found, stored, wanted)] = info["mismatched_keys"]
+    assert (found, tuple(stored), tuple(wanted)) == (name, (3,), (model.config.text_config.intermediate_size,))
+
+
 def test_lora_changes_the_logits(tiny_lora_vlm, tiny_vlm, inputs):
     assert (logits_of(tiny_lora_vlm, inputs) - logits_of(tiny_vlm, inputs)).abs().max() > 1e-2
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/plan.md", "docs/encoder.md"])
+@pytest.mark.parametrize("file", ["README.md", "docs/plan.md", "docs/encoder.md", "docs/scale.md"])
 def test_figures_are_those_of_the_committed_files(file: str) -> None:
     code = f"import readme; print(readme.render({file!r}), end='')"
     rendered = subprocess.run(

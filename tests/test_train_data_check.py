@@ -1,6 +1,10 @@
 import csv
+import multiprocessing
+import os
 import random
-from collections.abc import Sequence
+import signal
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 import torch
 
 from sigphi import cli
+from sigphi.train import data_check
 from sigphi.train.check_report import KINDS, Findings
 from sigphi.train.data import main
 from sigphi.train.data_build import build_csv
@@ -17,7 +22,7 @@ from sigphi.train.data_check import CheckReport, Problem, check_csv, format_repo
 from sigphi.train.errors import UserError
 from sigphi.train.facts import CLASS_NAMES
 from sigphi.train.images import load_images
-from sigphi.train.lenient_csv import iterate_rows, read_header
+from sigphi.train.lenient_csv import iterate_rows, read_header, read_tables
 from sigphi.train.near_duplicates import near_duplicates, small_pictures
 from sigphi.train.qa_csv import read_qa_csv
 
@@ -131,6 +136,49 @@ def test_a_large_file_is_read_in_a_process_of_its_own_with_the_same_report(
         with monkeypatch.context() as patch:
             patch.setattr("sigphi.train.data_check._LARGE", 0)
             assert check_csv(qa_csv, image_split="train") == whole
+
+
+@pytest.mark.parametrize("died", ["before its first table", "while that is checked"])
+def test_a_reading_process_that_is_killed_ends_the_check_in_one_line(
+    qa_csv: Path, monkeypatch: pytest.MonkeyPatch, died: str
+) -> None:
+    here, is_checked = os.getpid(), multiprocessing.Event()
+
+    def killed(*arguments: Any) -> Iterator[Any]:
+        assert os.getpid() != here, "not in a process of its own"
+        if died == "while that is checked":
+            yield from read_tables(*arguments)
+            is_checked.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def slow(*arguments: Any) -> Any:
+        is_checked.set()
+        time.sleep(30)  # the signal of the child's death interrupts it
+
+    write(qa_csv, [row(0)])
+    monkeypatch.setattr("sigphi.train.data_check._LARGE", 0)
+    monkeypatch.setattr("sigphi.train.data_check.read_tables", killed)
+    monkeypatch.setattr("sigphi.train.data_check.check_texts", slow)
+    # PyTorch hears of it by the child's signal, or when it misses the child.
+    expected = f"^{qa_csv}: the process that reads it has died .*(Killed|exited unexpectedly).*memory.*again"
+    with pytest.raises(UserError, match=expected) as error:
+        check_csv(qa_csv, image_split="train")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_the_reading_process_cannot_read_is_named(qa_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(qa_csv, [row(0)])
+    read = data_check.check_header
+
+    def remove_afterwards(path: Path, *arguments: Any) -> None:
+        read(path, *arguments)
+        path.unlink()
+        path.mkdir()
+
+    monkeypatch.setattr("sigphi.train.data_check._LARGE", 0)
+    monkeypatch.setattr("sigphi.train.data_check.check_header", remove_afterwards)
+    with pytest.raises(UserError, match=f"^{qa_csv} cannot be read: Is a directory; give a CSV file.$"):
+        check_csv(qa_csv, image_split="train")
 
 
 @pytest.mark.parametrize("index", ["50000", "-1", "cat", "1.0", "", "9" * 25])

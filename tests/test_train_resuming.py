@@ -84,6 +84,34 @@ def test_a_resumed_run_ends_as_the_whole_one_bit_for_bit(stage, whole, parts, tm
     assert unequal(expected, end_of(tmp_path)) == []
 
 
+def train_stream(parts: Path, folder: Path, passes: int | None, steps: int, resume: str | None = None) -> None:
+    """Train on a shuffled stream of four batches, so many times over or without end."""
+    trainer = make_toy("encoder", parts, folder, max_steps=steps, eval_strategy="no")
+    rows = trainer.train_dataset.to_iterable_dataset(num_shards=4).shuffle(seed=0, buffer_size=16)
+    trainer.train_dataset = rows if passes == 1 else rows.repeat(passes)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+
+
+def test_a_run_on_a_stream_without_end_goes_on_bit_for_bit(parts, tmp_path):
+    train_stream(parts, tmp_path / "whole", None, steps=8)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "again" / "checkpoint-6")
+    train_stream(parts, tmp_path / "again", None, steps=8, resume="newest")
+    expected = end_of(tmp_path / "whole", step=8)
+    assert len(expected) > 100
+    assert unequal(expected, end_of(tmp_path / "again", step=8)) == []
+
+
+def test_a_run_on_a_stream_goes_on_within_its_first_pass_alone(parts, tmp_path):
+    train_stream(parts, tmp_path / "whole", 1, steps=6)
+    for step in (4, 6):  # the first pass ends behind step 4
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / f"{step}" / f"checkpoint-{step}")
+    train_stream(parts, tmp_path / "4", 1, steps=6, resume="newest")
+    assert unequal(end_of(tmp_path / "whole", step=6), end_of(tmp_path / "4", step=6)) == []
+    with pytest.raises(UserError, match="checkpoint-6: the rows are a stream, and .* of its pass 2;.*repeat"):
+        train_stream(parts, tmp_path / "6", 1, steps=8, resume="newest")
+
+
 def test_the_comparison_sees_one_random_number_more(whole, parts, tmp_path):
     class Draw(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -199,16 +199,11 @@ def load_annotator(
     Raises:
         UserError: if weights are missing, which transformers would draw at random.
     """
-    config = read_annotator_config(source)
     kwargs = {**source.kwargs, "dtype": dtype, "device_map": {"": device}}
-    if config.model_type == SigPhiConfig.model_type and config.base_language_model is not None:
-        # Our adapter form compares the names of its weights itself.
-        model = AutoModelForImageTextToText.from_pretrained(source.name, **kwargs)
-    else:
-        model, info = AutoModelForImageTextToText.from_pretrained(source.name, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:
-            names = ", ".join(sorted(info["missing_keys"])[:3])
-            raise UserError(f"--model {source.name}: its files lack weights of the model, such as {names}.")
+    model, info = AutoModelForImageTextToText.from_pretrained(source.name, output_loading_info=True, **kwargs)
+    if info["missing_keys"]:
+        names = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UserError(f"--model {source.name}: its files lack weights of the model, such as {names}.")
     generation = model.generation_config
     if generation.eos_token_id is None:
         # Where a model's own file is silent, what it was trained to end with stands in its text configuration.

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.hf_argparser import HfArg
 
 from sigphi.train.check_report import CheckReport, Findings, Problem, counted, format_report
-from sigphi.train.errors import UserError
+from sigphi.train.errors import UserError, worker_errors
 from sigphi.train.leaks import lines_of_evaluation, report_near_duplicates, report_shared_images
 from sigphi.train.lenient_csv import read_tables
 from sigphi.train.pair_checks import Repetitions, check_answers, check_texts
@@ -26,6 +26,7 @@ from sigphi.train.row_checks import ImageSets, Lines, check_header, locate_image
 
 _COLUMNS = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS, "Class_Label")
 _LARGE = 50_000_000  # bytes; below, a second process takes longer to start than it saves
+_MEMORY = "If memory has run out, close what else takes it, or split the file, and check again."
 
 
 def check_csv(
@@ -67,14 +68,15 @@ def check_csv(
     path, image_sets, findings, repetitions = Path(path), ImageSets(images), Findings(max_places), Repetitions()
     check_header(path, image_split, findings)
     num_rows = num_pairs = 0
-    for table in _tables(path, findings):
-        table = locate_images(table, image_sets, image_split, findings)
-        rows = _pairs_of(table)
-        usable = check_texts(rows, max_characters, findings)
-        check_answers(usable, findings)
-        repetitions.add(usable)
-        num_rows += len(table)
-        num_pairs += int(((rows["question"] != "") & (rows["answer"] != "")).sum())
+    with worker_errors(f"{path}: the process that reads it", _MEMORY):
+        for table in _tables(path, findings):
+            table = locate_images(table, image_sets, image_split, findings)
+            rows = _pairs_of(table)
+            usable = check_texts(rows, max_characters, findings)
+            check_answers(usable, findings)
+            repetitions.add(usable)
+            num_rows += len(table)
+            num_pairs += int(((rows["question"] != "") & (rows["answer"] != "")).sum())
     lines = repetitions.report(path, findings)
     if num_pairs == 0:
         findings.add("no pairs", "line 1", "no row has both a question and an answer")

@@ -1,13 +1,16 @@
 """The errors that a user can mend, and how a command ends on one."""
 
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 # What a shell reports for a process that Ctrl-C ended: 128 + SIGINT.
 INTERRUPTED = 130
+# How the message begins that PyTorch makes of an error in a worker and the worker's traceback.
+_FROM_WORKER = "Caught UserError in DataLoader worker"
 
 
 class UserError(ValueError):
@@ -27,6 +30,29 @@ def check_gradio(option: str) -> None:
 def printable(text: str) -> str:
     """`text` on one line, with what would steer a terminal written out, such as `\\x1b`."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(text.split()))
+
+
+@contextlib.contextmanager
+def worker_errors(what: str, remedy: str) -> Iterator[None]:
+    """
+    Within it the death of a data loader's worker is a [`UserError`], and so is, in one line, one that a worker raises.
+
+    PyTorch raises the first wherever this process is at that moment: what uses the loader's batches has to be within.
+
+    Args:
+        what (`str`): what has died, in words.
+        remedy (`str`): one or two sentences.
+    """
+    try:
+        yield
+    except UserError as error:
+        if not str(error).startswith(_FROM_WORKER):
+            raise
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"{what} has died ({printable(str(error))[:200].rstrip('.')}). {remedy}") from error
 
 
 def run_command(main: Callable[[], None], program: str) -> None:
@@ -62,4 +88,4 @@ def _show_log(level: int) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-__all__ = ["INTERRUPTED", "UserError", "check_gradio", "printable", "run_command"]
+__all__ = ["INTERRUPTED", "UserError", "check_gradio", "printable", "run_command", "worker_errors"]

@@ -66,20 +66,13 @@ def load_for_evaluation(name: str) -> tuple[PreTrainedModel, Any]:
 
 def _load_whole(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     """The model with all of its weights, none of them drawn at random."""
-    if config.model_type != SigPhiConfig.model_type:
-        model, info = AutoModel.from_pretrained(
-            name, dtype=inference_dtype(), output_loading_info=True, trust_remote_code=False
-        )
-        check_whole(f"MODEL {name}", info["missing_keys"])
-        if not config.include_text_tower:
-            model.load_text_tower()
-        return model
-    if config.base_language_model is not None:  # the adapter form compares names itself
-        return AutoModelForImageTextToText.from_pretrained(name, dtype=inference_dtype(), trust_remote_code=False)
-    model, info = AutoModelForImageTextToText.from_pretrained(
+    loader: Any = AutoModelForImageTextToText if config.model_type == SigPhiConfig.model_type else AutoModel
+    model, info = loader.from_pretrained(
         name, dtype=inference_dtype(), output_loading_info=True, trust_remote_code=False
     )
     check_whole(f"MODEL {name}", info["missing_keys"])
+    if config.model_type == SiglipResNetConfig.model_type and not config.include_text_tower:
+        model.load_text_tower()
     return model
 
 

@@ -1,6 +1,7 @@
 """A Trainer that loses nothing: exact resuming, checkpoints that are whole, an end at the first NaN."""
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -31,7 +33,7 @@ from sigphi.train.checkpoint_files import (
     sole_run,
     write_errors,
 )
-from sigphi.train.errors import UserError, printable
+from sigphi.train.errors import UserError, worker_errors
 from sigphi.train.nonfinite import Finding, NonFiniteError, Step, all_finite, examine
 from sigphi.train.random_state import RandomState, random_state, set_random_state
 from sigphi.train.replay_file import Replay, replay_path, weights_of, write_replay
@@ -39,9 +41,6 @@ from sigphi.train.run_identity import describe_run, differences, same_content
 from sigphi.train.stopping import StopOnSignal
 
 logger = logging.getLogger(__name__)
-
-# How the message begins that PyTorch makes of an error in a worker and the worker's traceback.
-_FROM_WORKER = "Caught UserError in DataLoader worker"
 
 
 class ResumableTrainer(Trainer):
@@ -51,7 +50,8 @@ class ResumableTrainer(Trainer):
     - A checkpoint is written aside, brought to the disk, and renamed: what has its name is whole. It records the run,
       see [`describe_run`]; only the same run goes on from it. Older ones are removed behind that.
     - `train(resume_from_checkpoint=...)` takes the folder of a checkpoint, or `True` or `"newest"` for the newest one
-      of `args.output_dir` that is whole and of this run, or for a new start where there is none yet.
+      of `args.output_dir` that is whole and of this run, or for a new start where there is none yet. A stream
+      (`IterableDataset`) is read again up to there, which has to be in its first pass.
     - SIGTERM and SIGINT save and stop, see [`StopOnSignal`].
     - The first loss or gradient that is no number raises a [`NonFiniteError`]; the step is kept in a replay file.
 
@@ -94,24 +94,14 @@ class ResumableTrainer(Trainer):
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
         """Within it what ends a training from outside is a [`UserError`]."""
+        remedy = "Go on with --resume; fewer --dataloader-num-workers need less memory."
         try:
-            yield
+            with worker_errors("a worker of the data loader", remedy):
+                yield
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"out of memory behind step {self.state.global_step}, outside the batches (the optimizer, or an "
                 f"evaluation): use an 8-bit --optim, or a smaller --per-device-eval-batch-size."
-            ) from error
-        except UserError as error:
-            if not str(error).startswith(_FROM_WORKER):
-                raise
-            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            reason = printable(str(error))[:200]
-            raise UserError(
-                f"a worker of the data loader has died ({reason}). Go on with --resume; fewer "
-                f"--dataloader-num-workers need less memory."
             ) from error
 
     def _choose_checkpoint(self, output_dir: Path, asked: str | bool | None) -> str | None:
@@ -128,6 +118,8 @@ class ResumableTrainer(Trainer):
         if chosen is None:
             logger.info("no checkpoint in %s yet: training starts at its beginning", output_dir)
             return None
+        if isinstance(self.train_dataset, IterableDataset | datasets.IterableDataset):
+            check_first_pass(chosen)
         logger.info("training goes on from %s", chosen)
         for change in differences(recorded_run(chosen), self._run)[1]:
             logger.warning("%s: the weights will not be, bit for bit, those of a run that was never stopped", change)
@@ -391,6 +383,20 @@ def check_checkpoint(folder: Path, output_dir: Path, run: dict[str, Any]) -> Non
         )
 
 
+def check_first_pass(folder: Path) -> None:
+    """
+    Raise a [`UserError`] if a checkpoint of a training on a stream is of the second pass over it, or of a later one.
+
+    Of a stream the Trainer knows no length: it reads the first pass again, and steps over all batches in that one.
+    """
+    epoch = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["epoch"]
+    if epoch >= 1:
+        raise UserError(
+            f"{folder}: the rows are a stream, and this checkpoint is of its pass {int(epoch) + 1}; training can go "
+            f"on within the first one alone. Let the stream have no end: `dataset.repeat(None)`."
+        )
+
+
 def check_no_checkpoints(output_dir: Path) -> None:
     """Raise a [`UserError`] if a folder holds checkpoints of an earlier run, with which a new one would be mixed."""
     found = checkpoints(output_dir)
@@ -441,6 +447,7 @@ def _reason_against(folder: Path, run: dict[str, Any]) -> str | None:
 __all__ = [
     "ResumableTrainer",
     "check_checkpoint",
+    "check_first_pass",
     "check_no_checkpoints",
     "check_output_dir",
     "first_process",

@@ -1,0 +1,150 @@
+"""How a stream of shards is gone on with, by `datasets` alone: a part of benchmarks/scale.py."""
+
+import io
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+from scale_processes import in_processes, tell
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+PIXELS = 64  # of a side
+WORDS = "a small photo of one red truck and two brown dogs under green trees by the blue lake at noon".split()
+BATCH = 50
+SEED = 0
+ROWS, SHARDS, LEFT_AFTER = 2_000, 4, 700
+
+
+def _picture(row: int) -> bytes:
+    """A JPEG file of smooth noise, another one for each row."""
+    coarse = np.random.default_rng(row).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(coarse).resize((PIXELS, PIXELS), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def _text(row: int) -> str:
+    words = np.random.default_rng(row).choice(WORDS, 10)
+    return f"{' '.join(words)} {row}"
+
+
+def _write(rank: int, processes: int, folder: Path, rows: int, shards: int) -> dict[str, float]:
+    features = datasets.Features(
+        {"image": datasets.Image(), "text": datasets.Value("string"), "row": datasets.Value("int64")}
+    )
+    content = {"image": [{"bytes": _picture(row), "path": None} for row in range(rows)]}
+    content |= {"text": [_text(row) for row in range(rows)], "row": list(range(rows))}
+    table = datasets.Dataset.from_dict(content, features)
+    for shard in range(shards):
+        # As large as those of sets of images on the Hub: a hundred rows can be read without those before them.
+        part = table.shard(shards, shard, contiguous=True)
+        part.to_parquet(str(folder / f"train-{shard:05}-of-{shards:05}.parquet"), batch_size=100)
+    return {"bytes_per_image": sum(len(one["bytes"]) for one in content["image"]) / rows}
+
+
+def write_shards(folder: Path, rows: int, shards: int) -> Path:
+    """A folder of parquet files with the columns `image`, `text` and `row`."""
+    place = folder / f"{rows}-rows-{shards}-shards"
+    if not place.exists():
+        place.mkdir(parents=True)
+        in_processes(_write, 1, place, rows, shards)
+    return place
+
+
+def stream(folder: Path, decoded: bool = False) -> datasets.IterableDataset:
+    """The shards of a folder in order."""
+    found = datasets.load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train", streaming=True)
+    return found if decoded else found.cast_column("image", datasets.Image(decode=False))
+
+
+def _plain(folder: Path) -> Any:
+    return stream(folder)
+
+
+def _shuffled(folder: Path, buffer_size: int) -> Any:
+    return stream(folder).shuffle(seed=SEED, buffer_size=buffer_size)
+
+
+def _loader(rows: Any) -> Any:
+    return StatefulDataLoader(rows, batch_size=BATCH, num_workers=2, collate_fn=_row_numbers)
+
+
+def _row_numbers(rows: list[dict[str, Any]]) -> list[int]:
+    return [row["row"] for row in rows]
+
+
+def _numbers(source: Any) -> Iterator[int]:
+    for one in source:
+        yield from one if isinstance(one, list) else [one["row"]]
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "in order": _plain,
+    "shuffled, buffer of one row": lambda folder: _shuffled(folder, 1),
+    "shuffled, buffer of 400 rows": lambda folder: _shuffled(folder, 400),
+    "two workers, in order": lambda folder: _loader(_plain(folder)),
+    "two workers, shuffled, buffer of 400 rows": lambda folder: _loader(_shuffled(folder, 400)),
+}
+
+
+def _all(rank: int, processes: int, name: str, folder: Path) -> list[int]:
+    return list(_numbers(READERS[name](folder)))
+
+
+def _until(rank: int, processes: int, name: str, folder: Path, left_after: int) -> tuple[list[int], dict[str, Any]]:
+    source = READERS[name](folder)
+    return list(islice(_numbers(source), left_after)), source.state_dict()
+
+
+def _from(rank: int, processes: int, name: str, folder: Path, state: dict[str, Any]) -> tuple[list[int], float]:
+    source = READERS[name](folder)
+    start = time.perf_counter()
+    source.load_state_dict(state)
+    numbers = _numbers(source)
+    rest = [next(numbers)]
+    seconds = time.perf_counter() - start
+    return rest + list(numbers), seconds
+
+
+def resuming() -> list[dict[str, Any]]:
+    """
+    Each reader is left in the middle of a shard, and another process goes on from its state.
+
+    Returns:
+        `list` of `dict`: whether all rows came as without the stop (`identical`), how many did not come (`lost`) or
+        twice (`repeated`), the size of the state as JSON, and seconds to the first row behind the stop; `error` where
+        the state cannot be gone on from.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        place = write_shards(Path(folder), ROWS, SHARDS)
+        return [_left_and_gone_on(name, place) for name in READERS]
+
+
+def _left_and_gone_on(name: str, place: Path) -> dict[str, Any]:
+    whole = in_processes(_all, 1, name, place)[0]
+    first, state = in_processes(_until, 1, name, place, LEFT_AFTER)[0]
+    found = {"reader": name, "rows": ROWS, "shards": SHARDS, "left_after": LEFT_AFTER}
+    found["state_bytes"] = len(json.dumps(state, default=str))
+    try:
+        rest, seconds = in_processes(_from, 1, name, place, state)[0]
+    except IndexError as error:  # of datasets 5.2, in a worker
+        return found | {"error": type(error).__name__}
+    seen = Counter(first + rest)
+    return found | {
+        "identical": first + rest == whole,
+        "lost": len(set(whole) - set(seen)),
+        "repeated": sum(count - 1 for count in seen.values()),
+        "seconds_to_first_row": seconds,
+    }
+
+
+if __name__ == "__main__":
+    tell({"resuming": resuming})
