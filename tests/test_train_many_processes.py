@@ -52,9 +52,10 @@ CASES: dict[str, dict[str, Any]] = {
     "`train-vlm --bf16 true`": {"stage": "vlm", "options": {"max_steps": 3, "bf16": True}, "rel": 2e-2},
     "`--tuning full`": {"stage": "vlm", "options": {"max_steps": 3}, "full": True},
     "`--packing on`": {"stage": "vlm", "options": {"max_steps": 3}, "tokens_per_row": 64},
+    # Enough for all rows: a batch of two processes holds others than one of one, unless it holds all.
     "`--tokens-per-batch`": {
         "stage": "vlm",
-        "options": {"max_steps": 3, "tokens_per_batch": 64},
+        "options": {"max_steps": 3, "tokens_per_batch": 4096},
         "tokens_per_row": 32,
     },
     "accumulated": {"stage": "vlm", "options": {"max_steps": 3, "gradient_accumulation_steps": 2}},
@@ -243,6 +244,7 @@ def test_two_processes_train_like_one(way, alone, job):
         assert wrapper in found["classes"] and wrapper not in expected["classes"]
         assert found["zero_stage"] == {"ZeRO-2": 2, "ZeRO-3": 3}.get(way)
         assert len(found["losses"]) == case["options"]["max_steps"]
+        assert bool(found["eval_losses"]) == ("eval_strategy" in case["options"])
         for key in ("losses", "grad_norms", "eval_losses"):
             assert found[key] == pytest.approx(expected[key], rel=case.get("rel", 1e-5)), (name, key)
 

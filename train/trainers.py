@@ -398,9 +398,14 @@ def lay_out_for_shards(model: nn.Module) -> list[str]:
     Returns:
         `list` of `str`: the names of those that had no dimension.
     """
-    scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
+    scalars = []
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.reshape(1) if name in scalars else parameter.data.contiguous()
+        if parameter.ndim == 0:
+            scalars.append(name)
+            parameter.data = parameter.data.reshape(1)
+        elif parameter.ndim == 4:
+            # `contiguous` passes over kernels of one cell, whose strides are others all the same.
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     return scalars
 
 
@@ -650,4 +655,4 @@ def _check_answers(dataset: Any, name: str) -> None:
             raise ValueError(f"Row {row} of `{name}` has no answer tokens, so nothing in it is supervised.")
 
 
-__all__ = ["SiglipTrainer", "VlmTrainer", "tower_inputs"]
+__all__ = ["SiglipTrainer", "VlmTrainer", "lay_out_for_shards", "tower_inputs"]
