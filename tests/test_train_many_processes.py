@@ -283,17 +283,8 @@ def test_fsdp2_divides_all_weights_those_of_4_bits_too(way, job):
 @pytest.mark.slow
 @each_way
 def test_the_commands_run_to_their_end(way, toy_csv, toy_base, tmp_path, run_stranger):
-    common = [
-        "--use_cpu",
-        "--input-csv",
-        str(toy_csv),
-        "--images",
-        TOY_IMAGES,
-        "--batch-size",
-        "8",
-        "--max-steps",
-        "4",
-    ]
+    common = ["--use_cpu", "--input-csv", str(toy_csv), "--images", TOY_IMAGES]
+    common += ["--batch-size", "8", "--max-steps", "4"]
     common += ["--report-to", "none", "--eval-fraction", "0.2", "--bf16", "false"]
     tower = ["--text-model", str(toy_base), "--layer-type", "basic", "--embedding-size", "8"]
     tower += ["--hidden-sizes", "8", "16", "--depths", "1", "1", "--save-text-tower"]
