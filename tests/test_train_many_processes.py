@@ -164,9 +164,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
     ("way", "options"),
     [
         ("ZeRO-2", {"ema_decay": 0.9}),
-        ("ZeRO-3", {"micro_batch_size": 4}),
+        ("ZeRO-2", {"micro_batch_size": 4}),
         ("ZeRO-2", {"muon": True}),
-        ("ZeRO-3", {"bf16": True}),
+        ("ZeRO-2", {"bf16": True}),
     ],
 )
 def test_an_option_that_does_not_go_with_the_launch_is_refused(way, options, launched, tmp_path):
@@ -259,7 +259,7 @@ def test_what_two_processes_leave_is_what_one_leaves(way, alone, job, run_strang
         assert own.keys() == others.keys()
         for key, tensor in own.items():
             assert others[key].shape == tensor.shape and others[key].dtype == tensor.dtype, key
-            assert (others[key] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-5, (name, key)
+            assert (others[key] - tensor).norm() <= 1e-4 * tensor.norm() + 1e-5, (name, key)
     code = f"""
 from transformers import AutoModel
 model = AutoModel.from_pretrained({str(job[1] / "`train-siglip`")!r}, trust_remote_code=True)
