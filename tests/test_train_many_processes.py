@@ -25,7 +25,7 @@ from toy_runs import write_parts
 
 from sigphi import SiglipTrainingArguments, VlmTrainingArguments
 from sigphi.train.errors import UserError
-from sigphi.train.sharding import OTHER_NUMBER, check_way, reason_against
+from sigphi.train.sharding import OTHER_NUMBER, SAVE_TEXT_TOWER, check_way, reason_against
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "train" / "launch"
@@ -131,7 +131,7 @@ def table() -> dict[str, dict[str, str]]:
 
 def test_the_table_of_the_guide_is_what_the_code_decides():
     rows = table()
-    assert set(rows) == {name for name in CASES if "`" in name} | {OTHER_NUMBER}
+    assert set(rows) == {name for name in CASES if "`" in name} | {OTHER_NUMBER, SAVE_TEXT_TOWER}
     for name, row in rows.items():
         assert row == {way: "yes" if reason_against(way, name) is None else "no" for way in WAYS}, name
 
@@ -287,7 +287,8 @@ def test_the_commands_run_to_their_end(way, toy_csv, toy_base, tmp_path, run_str
     common += ["--batch-size", "8", "--max-steps", "4"]
     common += ["--report-to", "none", "--eval-fraction", "0.2", "--bf16", "false"]
     tower = ["--text-model", str(toy_base), "--layer-type", "basic", "--embedding-size", "8"]
-    tower += ["--hidden-sizes", "8", "16", "--depths", "1", "1", "--save-text-tower"]
+    tower += ["--hidden-sizes", "8", "16", "--depths", "1", "1"]
+    tower += ["--save-text-tower"] if reason_against(way, SAVE_TEXT_TOWER) is None else []
     base = ["--siglip-checkpoint", str(tmp_path / "train-siglip"), "--language-model", str(toy_base)]
     for name, options in {"train-siglip": tower, "train-vlm": base}.items():
         words = [str(ROOT / "tests" / "launched.py"), name, *common, *options, "--output-dir", str(tmp_path / name)]
@@ -296,7 +297,8 @@ def test_the_commands_run_to_their_end(way, toy_csv, toy_base, tmp_path, run_str
         )
         assert result.returncode == 0, result.stderr[-4000:]
         assert json.loads((tmp_path / name / "eval_results.json").read_text())
-    assert json.loads((tmp_path / "train-siglip" / "config.json").read_text())["include_text_tower"]
+    config = json.loads((tmp_path / "train-siglip" / "config.json").read_text())
+    assert config["include_text_tower"] == (reason_against(way, SAVE_TEXT_TOWER) is None)
     code = f"""
 from transformers import AutoModel, AutoModelForImageTextToText
 encoder = AutoModel.from_pretrained({str(tmp_path / "train-siglip")!r}, trust_remote_code=True)

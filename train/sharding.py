@@ -15,6 +15,7 @@ from transformers.utils import strtobool
 from sigphi.train.errors import UserError
 
 OTHER_NUMBER = "`--resume` by another number of processes"
+SAVE_TEXT_TOWER = "`--save-text-tower`"
 # What was seen to fail, or to do something else without a word, and what to do; by the ways whose names begin so and
 # by the option. docs/many_gpus.md has the same as a table.
 _REFUSED = {
@@ -35,6 +36,9 @@ _REFUSED = {
     ("ZeRO", "`train-siglip --bf16 true`"): (
         "gives BatchNorm weights in bfloat16 beside statistics in float32: train with --bf16 false, or launch with "
         "ddp.yaml."
+    ),
+    ("ZeRO-3", SAVE_TEXT_TOWER): (
+        "would put a whole tower beside divided weights: leave it out, or launch with ddp.yaml or zero2.yaml."
     ),
     ("ZeRO", OTHER_NUMBER): "finds the optimizer's state in as many pieces as there were processes: launch as many.",
 }
@@ -161,6 +165,7 @@ def load_whole() -> None:
 
 __all__ = [
     "OTHER_NUMBER",
+    "SAVE_TEXT_TOWER",
     "check_deepspeed",
     "check_options",
     "check_way",
