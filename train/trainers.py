@@ -230,6 +230,9 @@ class SiglipTrainer(_ArtifactTrainer):
     With `args.ema_decay` the Trainer keeps an average of the weights, see [`WeightAverage`]: it is evaluated, and is
     the model of each checkpoint and the one that training leaves.
 
+    Under FSDP2 and DeepSpeed the model's t' and b are vectors of one number from here on; folders hold them without
+    dimensions, as ever.
+
     Raises:
         UserError: if the processes of a job do not train together, see [`check_launch`].
     """
