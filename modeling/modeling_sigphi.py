@@ -285,8 +285,12 @@ def causal_language_model(vlm: "SigPhiForConditionalGeneration") -> PreTrainedMo
     return language_model.eval()
 
 
-def base_quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """The quantisation for a base of 4 bits (NF4, double quantisation; arXiv 2305.14314) or 8; `None` for 16."""
+def base_quantization(bits: int, dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig | None:
+    """
+    The quantisation for a base of 4 bits (NF4, double quantisation; arXiv 2305.14314) or 8; `None` for 16.
+
+    `storage` is what the 4-bit weights are packed into: FSDP2 divides only parameters of floating point.
+    """
     if bits == 16:
         return None
     if bits == 8:
@@ -296,6 +300,7 @@ def base_quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | Non
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
     )
 
 
@@ -592,6 +597,9 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
     ```
     """
 
+    # Of the loss. A training that divides the weights among processes raises it, since each part gathers the head.
+    logits_at_once = LOGITS_AT_ONCE
+
     def __init__(self, config: SigPhiConfig) -> None:
         super().__init__(config)
         self.model = SigPhiModel(config)
@@ -744,7 +752,7 @@ class SigPhiForConditionalGeneration(SigPhiPreTrainedModel, GenerationMixin):
             )
         states = hidden_states[:, :-1][supervised]  # (supervised, hidden_size)
         num_items = targets.numel() if num_items_in_batch is None else num_items_in_batch
-        parts = states.split(max(LOGITS_AT_ONCE // self.lm_head.out_features, 1))
+        parts = states.split(max(self.logits_at_once // self.lm_head.out_features, 1))
         if len(parts) == 1 or not torch.is_grad_enabled():
             losses = map(self._summed_loss, parts, targets.split(len(parts[0])))
             return torch.stack(list(losses)).sum() / num_items

@@ -108,7 +108,8 @@ def test_from_a_csv_to_the_hub_on_one_gpu(
 def test_on_many_gpus(environment: dict[str, str], toy_csv: Path, tmp_path: Path) -> None:
     (tmp_path / "qa.csv").write_bytes(toy_csv.read_bytes())
     shell(commands(guide("many_gpus")), tmp_path, environment)
-    assert all((tmp_path / "outputs" / name / "model.safetensors").exists() for name in ("siglip", "vlm", "two"))
+    names = ("siglip", "vlm", "ddp", "two")
+    assert all((tmp_path / "outputs" / name / "model.safetensors").exists() for name in names)
 
 
 @pytest.mark.slow

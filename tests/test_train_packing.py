@@ -28,7 +28,6 @@ from transformers import (
 )
 
 from sigphi import SigPhiConfig, SigPhiForConditionalGeneration, VlmTrainingArguments
-from sigphi.modeling import modeling_sigphi
 from sigphi.train.collators import IGNORE_INDEX, VlmCollator
 from sigphi.train.errors import UserError
 from sigphi.train.packing import (
@@ -569,7 +568,7 @@ def test_the_loss_in_parts_is_that_of_all_logits_at_once(vlm, rows, features, mo
     batch = packer(features)(rows)
     vlm.lm_head.requires_grad_(trains_head)
     loss, gradients = loss_and_gradients(vlm.train(), batch)
-    monkeypatch.setattr(modeling_sigphi, "LOGITS_AT_ONCE", at_once * VOCABULARY)
+    monkeypatch.setattr(SigPhiForConditionalGeneration, "logits_at_once", at_once * VOCABULARY)
     parts = []
     vlm.lm_head.register_forward_hook(lambda module, inputs, output: parts.append(len(output)))
     in_parts, others = loss_and_gradients(vlm, batch)

@@ -23,6 +23,7 @@ from sigphi import (
 from sigphi.train.collators import SiglipCollator, preprocess
 from sigphi.train.errors import UserError
 from sigphi.train.pairs import pair_masks
+from sigphi.train.trainers import lay_out_for_shards
 
 GOLDEN = Path(__file__).parent / "golden" / "siglip.json"
 NUM_ROWS, STEPS = 64, 20
@@ -320,3 +321,15 @@ def test_synchronised_batch_norm_of_one_process_is_batch_norm(shared, processor,
         options = {"max_steps": 3, "use_cpu": False, "sync_batch_norm": sync_batch_norm}
         runs.append(train_encoder(tmp_path, encoder, processor, **options))
     close(runs[1], runs[0])
+
+
+# In shards -----------------------------------------------------------------------------------------------------------
+
+
+def test_parameters_are_laid_out_for_shards(tiny_encoder):
+    tiny_encoder.vision_model.to(memory_format=torch.channels_last)
+    before = {name: parameter.detach().clone() for name, parameter in tiny_encoder.named_parameters()}
+    assert lay_out_for_shards(tiny_encoder) == ["logit_scale", "logit_bias"]
+    for name, parameter in tiny_encoder.named_parameters():
+        assert parameter.ndim > 0 and parameter.stride()[-1] == 1, name
+        assert torch.equal(parameter.reshape(before[name].shape), before[name])

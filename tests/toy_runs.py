@@ -13,6 +13,7 @@ from torch import nn
 
 from sigphi import SiglipResNetProcessor, SiglipTrainer, SiglipTrainingArguments, VlmTrainingArguments
 from sigphi.train.collators import SiglipCollator, VlmCollator
+from sigphi.train.packing import PackingCollator
 from sigphi.train.resumable import ResumableTrainer
 from sigphi.train.trainers import VlmTrainer
 
@@ -20,6 +21,7 @@ from sigphi.train.trainers import VlmTrainer
 COMMON: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
 COMMON |= {"max_steps": 10, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "epoch", "save_total_limit": 2}
 COMMON |= {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 64}
+PLAIN: dict[str, Any] = {"bf16": False, "gradient_checkpointing": False}
 STAGES = ("encoder", "vlm")
 
 
@@ -43,11 +45,12 @@ def make_toy(stage: str, parts: Path, folder: Path, **options: Any) -> Resumable
     given = torch.load(parts, weights_only=False)
     torch.manual_seed(0)
     if stage == "encoder":
-        return _encoder(given, folder, COMMON | {"ema_decay": 0.9} | options)
-    return _vlm(given, folder, COMMON | {"bf16": False, "gradient_checkpointing": False} | options)
+        return encoder_trainer(given, folder, COMMON | {"ema_decay": 0.9} | options)
+    return vlm_trainer(given, folder, COMMON | PLAIN | options)
 
 
-def _encoder(given: dict[str, Any], folder: Path, options: dict[str, Any]) -> SiglipTrainer:
+def encoder_trainer(given: dict[str, Any], folder: Path, options: dict[str, Any]) -> SiglipTrainer:
+    """Of the encoder in the file of [`write_parts`]."""
     processor = SiglipResNetProcessor(given["image_processor"], given["tokenizer"])
     return SiglipTrainer(
         model=given["encoder"],
@@ -73,7 +76,10 @@ def vlm_rows(image_token_id: int) -> datasets.Dataset:
     )
 
 
-def _vlm(given: dict[str, Any], folder: Path, options: dict[str, Any]) -> VlmTrainer:
+def vlm_trainer(
+    given: dict[str, Any], folder: Path, options: dict[str, Any], tokens_per_row: int | None = None
+) -> VlmTrainer:
+    """Of the VLM in the file of [`write_parts`]; LoRA and projector are trained, on rows that may be packed."""
     model = given["vlm"]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or ".multi_modal_projector." in name)
@@ -84,8 +90,16 @@ def _vlm(given: dict[str, Any], folder: Path, options: dict[str, Any]) -> VlmTra
         args=VlmTrainingArguments(output_dir=str(folder), **options),
         train_dataset=rows,
         eval_dataset=rows.select(range(8)),
-        data_collator=VlmCollator(model.config.pad_token_id, image_features=features),
+        data_collator=vlm_collator(model.config, features, tokens_per_row),
     )
+
+
+def vlm_collator(config: Any, features: torch.Tensor, tokens_per_row: int | None) -> VlmCollator:
+    """Of padded rows, or of packed ones of this length."""
+    if tokens_per_row is None:
+        return VlmCollator(config.pad_token_id, image_features=features)
+    packed = {"image_token_id": config.image_token_id, "tokens_per_row": tokens_per_row}
+    return PackingCollator(config.pad_token_id, image_features=features, **packed)
 
 
 def train_toy(stage: str, parts: Path, folder: Path, resume: str | None = None, **options: Any) -> None:

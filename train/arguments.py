@@ -15,6 +15,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from sigphi.train.errors import UserError
 from sigphi.train.precision import cpu_has_bfloat16, gpu_has_bfloat16
+from sigphi.train.sharding import check_deepspeed, check_options, check_way, load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -422,7 +423,10 @@ class StageArguments(SigphiTrainingArguments):
             raise UserError("--enable-jit-checkpoint has no use: SIGTERM saves a checkpoint always. Leave it out.")
         if self.data_seed is None:
             self.data_seed = self.seed
+        check_deepspeed(self)
         super().__post_init__()
+        check_way(self)
+        load_whole()
 
 
 @dataclass
@@ -498,16 +502,12 @@ class SiglipTrainingArguments(StageArguments):
             raise UserError(f"--cutout must be 0 (off) or a number of pixels, got {self.cutout}.")
         if not 0.0 <= self.ema_decay < 1.0:
             raise UserError(f"--ema-decay must be at least 0 (off) and below 1, got {self.ema_decay}.")
-        if self.ema_decay > 0 and (self.deepspeed or self.fsdp):
-            raise UserError("--ema-decay needs whole weights in each process: it runs without DeepSpeed and FSDP.")
         if not 0.0 <= self.color_jitter <= 1.0:
             raise UserError(f"--color-jitter must be from 0 (off) to 1, got {self.color_jitter}.")
         if self.loss_chunk_size < 1:
             raise UserError(f"--loss-chunk-size must be 1 or more, got {self.loss_chunk_size}.")
         if self.micro_batch_size < 0:
             raise UserError(f"--micro-batch-size must be 0 (off) or more, got {self.micro_batch_size}.")
-        if self.micro_batch_size > 0 and self.deepspeed:
-            raise UserError("--micro-batch-size does not run under DeepSpeed, which sums gradients by itself.")
         if self.muon and self.fp16:
             raise UserError("--muon does not know the loss scaling of --fp16: train with --bf16 true.")
         if self.ddp_find_unused_parameters:
@@ -516,6 +516,15 @@ class SiglipTrainingArguments(StageArguments):
                 "DistributedDataParallel would not find them."
             )
         super().__post_init__()
+        check_options(
+            self,
+            {
+                "`--ema-decay`": self.ema_decay > 0,
+                "`--micro-batch-size`": self.micro_batch_size > 0,
+                "`--muon true`": self.muon,
+                "`train-siglip --bf16 true`": self.bf16,
+            },
+        )
         if self.muon and self.optim not in ("adamw_torch", "adamw_torch_fused"):
             raise UserError(
                 f"--muon goes with --optim adamw_torch or adamw_torch_fused (the default), not {self.optim.value}."

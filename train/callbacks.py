@@ -14,6 +14,7 @@ from sigphi.processing.processing_sigphi import SigPhiProcessor
 from sigphi.train.answer_scores import MIN_IMAGE_GAIN, SHUFFLED, accuracies, judged_rows
 from sigphi.train.data import distinct_images
 from sigphi.train.metrics import has_label_derangement
+from sigphi.train.sharding import divides_weights
 from sigphi.train.trainers import VlmTrainer
 from sigphi.train.vlm_evaluation import generate_answers, with_other_images
 
@@ -104,9 +105,18 @@ class LooksAtImageCallback(TrainerCallback):
         images = self.image_indices[""] + self.image_indices[SHUFFLED]
         questions = [row.question for row in self.rows] * 2
         batch_size = self.trainer.args.per_device_eval_batch_size
+        # FSDP2 gathers weights for calls of the whole model alone.
+        shares_prefix = False if divides_weights(self.trainer.args) else None
         with self.trainer.compute_loss_context_manager():
             given = generate_answers(
-                model, self.processor, self.features, images, questions, batch_size, _MAX_NEW_TOKENS
+                model,
+                self.processor,
+                self.features,
+                images,
+                questions,
+                batch_size,
+                _MAX_NEW_TOKENS,
+                shares_prefix=shares_prefix,
             )
         model.train(was_training)
         return [one.text for one in given]

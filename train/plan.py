@@ -44,6 +44,7 @@ from sigphi.train.plan_report import (
     memory_text,
     time_text,
 )
+from sigphi.train.sharding import way_of
 
 logger = logging.getLogger(__name__)
 
@@ -198,8 +199,8 @@ def plan(stage: str, words: list[str]) -> None:
     model, data, training, options = parse_arguments(
         [*types, PlanArguments], words, f"sigphi plan {stage}", recipes=recipes
     )
-    if training.deepspeed or training.fsdp or training.torch_compile:
-        logger.warning("planned as without --deepspeed, --fsdp and --torch-compile, which plan knows nothing about")
+    if way_of(training) != "DDP" or training.torch_compile:
+        logger.warning("planned as without DeepSpeed, FSDP and --torch-compile, which plan knows nothing about")
     errors = 0
     if data.input_csv:  # and not a set that is no CSV
         report = check_csv(data.input_csv, data.images, data.image_split)

@@ -20,7 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_language_model(
-    arguments: VlmModelArguments, dtype: torch.dtype, attn_implementation: str, device: torch.device
+    arguments: VlmModelArguments,
+    dtype: torch.dtype,
+    attn_implementation: str,
+    device: torch.device,
+    storage: torch.dtype = torch.uint8,
 ) -> PreTrainedModel:
     """
     The causal language model in the precision that is asked for, on the device of this process.
@@ -31,6 +35,8 @@ def load_language_model(
         attn_implementation (`str`): `"eager"`, `"sdpa"` or `"flash_attention_2"`.
         device (`torch.device`): where to put it. One model lies whole on one device, since the Trainer runs one
             process a device; `device_map="auto"` would spread it.
+        storage (`torch.dtype`, *optional*, defaults to `torch.uint8`): what 4-bit weights are packed into, see
+            [`base_quantization`].
     """
     with loading(f"--language-model {arguments.language_model}"):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -38,7 +44,7 @@ def load_language_model(
             revision=arguments.language_model_revision or "main",
             dtype=dtype,
             attn_implementation=attn_implementation,
-            quantization_config=base_quantization(arguments.bits, dtype),
+            quantization_config=base_quantization(arguments.bits, dtype, storage),
             device_map={"": device},
             output_loading_info=True,
             trust_remote_code=False,

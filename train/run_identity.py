@@ -15,6 +15,7 @@ from sigphi.train.arguments import VlmTrainingArguments
 from sigphi.train.fingerprints import digest, tensor_parts
 from sigphi.train.random_state import own_random_numbers
 from sigphi.train.records import environment
+from sigphi.train.sharding import OTHER_NUMBER, reason_against, way_of
 
 # Options that change neither weights nor random numbers.
 _WITHOUT_EFFECT = """
@@ -54,7 +55,8 @@ def describe_run(trainer: Trainer) -> dict[str, Any]:
         `dict`: `options`; `step_size` (rows of an update over all processes; positions where these are the budget);
         `model` (its config, and hashes over the names and shapes of what is trained and over a part of what is
         frozen); `data` (number of rows, a hash over at most a million of them, and one over what the collator makes of
-        64, images and features included; nothing of a stream); `environment` (versions, processes, devices).
+        64, images and features included; nothing of a stream); `sharding` (see [`way_of`]); `environment` (versions,
+        processes, devices).
     """
     arguments = trainer.args
     by_positions = isinstance(arguments, VlmTrainingArguments) and arguments.tokens_per_batch > 0
@@ -66,6 +68,7 @@ def describe_run(trainer: Trainer) -> dict[str, Any]:
         "step_size": per_device * arguments.world_size * arguments.gradient_accumulation_steps,
         "model": _model(trainer.model),
         "data": _data(trainer.train_dataset, trainer.data_collator),
+        "sharding": way_of(arguments),
         "environment": environment() | {"processes": str(arguments.world_size)},
     }
     return json.loads(json.dumps(described, default=str))
@@ -152,6 +155,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str],
     if before["step_size"] != now["step_size"]:
         refused.append(f"an update had a batch of {before['step_size']} over all processes, has {now['step_size']}")
     refused += _other_model(before["model"], now["model"]) + _other_data(before["data"], now["data"])
+    refused += _other_sharding(before, now)
     for name, value in now["environment"].items():
         old = before["environment"].get(name, value)
         if old != value:
@@ -168,6 +172,17 @@ def _other_model(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if before["trained"] != now["trained"]:
         return ["other parameters of the model are trained"]
     return ["the frozen weights are of another model"] if before["frozen"] != now["frozen"] else []
+
+
+def _other_sharding(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """DeepSpeed's files are those of as many processes; what DDP and FSDP2 write any number can read."""
+    way = before.get("sharding", now["sharding"])
+    if way != now["sharding"]:
+        return [f"it was written under {way}, whose files {now['sharding']} cannot read"]
+    processes = [run["environment"]["processes"] for run in (before, now)]
+    if reason_against(way, OTHER_NUMBER) is not None and processes[0] != processes[1]:
+        return [f"it was written under {way} by {processes[0]} processes: launch as many, not {processes[1]}"]
+    return []
 
 
 def _other_data(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -43,6 +43,7 @@ from sigphi.train.records import durable_name, write_training_data
 from sigphi.train.replay_file import recorded_options
 from sigphi.train.report import write_loss_curve
 from sigphi.train.resumable import check_output_dir
+from sigphi.train.sharding import SAVE_TEXT_TOWER, check_options
 from sigphi.train.text_tower import cached_text_features, text_tower_of, token_ids
 from sigphi.train.trainers import SiglipTrainer
 from sigphi.train.whitening import whiten_stem, whiten_text_projection
@@ -310,6 +311,8 @@ def main(argv: list[str] | None = None) -> None:
     check_evaluation(data_arguments, arguments)
     check_output_dir(arguments)
     config, processor = encoder_config(model_arguments), encoder_processor(model_arguments)
+    adds_tower = model_arguments.caches_texts and _saves_text_tower(model_arguments, config)
+    check_options(arguments, {SAVE_TEXT_TOWER: adds_tower})
     if arguments.push_to_hub and not _saves_text_tower(model_arguments, config):
         check_sources(config, SourceArguments(), "--push-to-hub")
     data = load_encoder_data(data_arguments, processor.image_processor)

@@ -5,6 +5,7 @@ import copy
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from sigphi.train.packing import PackedBatches, question_sizes
 from sigphi.train.parts import split_rows
 from sigphi.train.push import push_run
 from sigphi.train.resumable import ResumableTrainer
+from sigphi.train.sharding import divides_weights, load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class _ArtifactTrainer(ResumableTrainer):
         self.hub_model_id: str | None = None
         self.push_in_progress: Any = None
         super().__init__(**kwargs)
+        load_whole()  # what comes behind the training too
         self.extra_evaluation = extra_evaluation
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -227,6 +230,9 @@ class SiglipTrainer(_ArtifactTrainer):
     With `args.ema_decay` the Trainer keeps an average of the weights, see [`WeightAverage`]: it is evaluated, and is
     the model of each checkpoint and the one that training leaves.
 
+    Under FSDP2 and DeepSpeed the model's t' and b are vectors of one number from here on; folders hold them without
+    dimensions, as ever.
+
     Raises:
         UserError: if the processes of a job do not train together, see [`check_launch`].
     """
@@ -235,6 +241,9 @@ class SiglipTrainer(_ArtifactTrainer):
         if kwargs["args"].sync_batch_norm:
             kwargs["model"] = nn.SyncBatchNorm.convert_sync_batchnorm(kwargs["model"])
         super().__init__(**kwargs)
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        self.scalars = lay_out_for_shards(self.model) if is_sharded else []
+        self.logit_parameters = logit_parameters_of_forward(self.model) if is_sharded else None
         # The loss is the mean of one batch, whatever the model's forward pass accepts: the Trainer divides it by the
         # number of accumulated batches.
         self.model_accepts_loss_kwargs = False
@@ -264,8 +273,8 @@ class SiglipTrainer(_ArtifactTrainer):
         """Augments the images of a training batch, on its device, and computes the loss over all processes."""
         outputs = model(**self._model_inputs(model, inputs))
         unwrapped = self.accelerator.unwrap_model(model)
-        embeds = (outputs.image_embeds, outputs.text_embeds)
-        loss = self._global_loss((*embeds, unwrapped.logit_scale, unwrapped.logit_bias), inputs)
+        logits = self.logit_parameters or (unwrapped.logit_scale, unwrapped.logit_bias)
+        loss = self._global_loss((outputs.image_embeds, outputs.text_embeds, *logits), inputs)
         return (loss, outputs) if return_outputs else loss
 
     def one_batch(
@@ -330,6 +339,9 @@ class SiglipTrainer(_ArtifactTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The model is the average of the weights, where one is kept; a checkpoint has the weights themselves too."""
+        if state_dict is not None:
+            scalars = {name: state_dict[name].reshape(()) for name in self.scalars if name in state_dict}
+            state_dict = state_dict | scalars
         with self._averaged():
             super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
@@ -379,6 +391,36 @@ class SiglipTrainer(_ArtifactTrainer):
         others = ("pairs", "return_loss", "image_index")
         rest = {name: value for name, value in inputs.items() if name not in others}
         return rest | {"pixel_values": pixel_values}
+
+
+def lay_out_for_shards(model: nn.Module) -> list[str]:
+    """
+    Give the parameters the layout that DeepSpeed and FSDP2 take, in place: one number is a vector, and the kernels of
+    convolutions are in the order of their dimensions, not in channels-last order.
+
+    Returns:
+        `list` of `str`: the names of those that had no dimension.
+    """
+    scalars = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0:
+            scalars.append(name)
+            parameter.data = parameter.data.reshape(1)
+        elif parameter.ndim == 4:
+            # `contiguous` passes over kernels of one cell, whose strides are others all the same.
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    return scalars
+
+
+def logit_parameters_of_forward(model: nn.Module) -> list[torch.Tensor]:
+    """A list that holds t' and b as the last forward pass of `model` had them: outside of it shards are no weights."""
+    kept: list[torch.Tensor] = []
+
+    def keep(module: Any, inputs: Any, outputs: Any) -> None:
+        kept[:] = [module.logit_scale.clone(), module.logit_bias.clone()]
+
+    model.register_forward_hook(keep)
+    return kept
 
 
 def tower_inputs(
@@ -454,6 +496,9 @@ class VlmTrainer(_ArtifactTrainer):
         # There the gradients lie in parts, in places of their own.
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self.add_callback(GradientCheck())
+        if divides_weights(self.args):
+            # The head is gathered once for a batch, whatever it holds, and not for each part of it.
+            self.model.logits_at_once = sys.maxsize
         self.rows_at_once: int | None = None  # all of a batch, until memory does not suffice
 
     def one_batch(
@@ -547,9 +592,9 @@ class VlmTrainer(_ArtifactTrainer):
         model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
-        for batch in dataloader:
+        for batch, counts in self._as_many_on_all(dataloader):
             batch = self._prepare_inputs(batch)
-            tokens = (batch["labels"][:, 1:] != -100).sum()
+            tokens = (batch["labels"][:, 1:] != -100).sum() * counts
             with self.compute_loss_context_manager():
                 loss = model(**batch, logits_to_keep=torch.arange(0)).loss
             totals += torch.stack([loss.double() * tokens, tokens.double()]).cpu()
@@ -559,10 +604,26 @@ class VlmTrainer(_ArtifactTrainer):
         num_samples = self.num_examples(dataloader)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_samples)
 
+    def _as_many_on_all(self, dataloader: DataLoader) -> Iterator[tuple[dict[str, Any], bool]]:
+        """
+        The batches, and whether each counts: where weights are divided, all processes make as many forward passes, and
+        those that have no more batches repeat a row.
+        """
+        missing = 0
+        if divides_weights(self.args):
+            own = torch.tensor(len(dataloader), device=self.args.device)
+            missing = int(self.accelerator.gather(own).max() - own)
+        yield from ((batch, True) for batch in dataloader)
+        for _ in range(missing):
+            yield dataloader.collate_fn([dataloader.dataset[0]]), False
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """
         A checkpoint in adapter form brings only what was trained, and the image tower; the base is already there.
         """
+        if self.is_fsdp_enabled:  # which has files of its own for its parts
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         vlm: Any = self.accelerator.unwrap_model(model or self.model)
         if vlm.config.lora is None:
             super()._load_from_checkpoint(resume_from_checkpoint, vlm)
@@ -574,7 +635,10 @@ class VlmTrainer(_ArtifactTrainer):
 
     def _load_best_model(self) -> None:
         """As the Trainer's, for the adapter form too."""
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def check_hub_options(arguments: TrainingArguments) -> None:
@@ -594,4 +658,4 @@ def _check_answers(dataset: Any, name: str) -> None:
             raise ValueError(f"Row {row} of `{name}` has no answer tokens, so nothing in it is supervised.")
 
 
-__all__ = ["SiglipTrainer", "VlmTrainer", "tower_inputs"]
+__all__ = ["SiglipTrainer", "VlmTrainer", "lay_out_for_shards", "tower_inputs"]

@@ -48,6 +48,7 @@ from sigphi.train.replay_file import recorded_options
 from sigphi.train.report import write_loss_curve
 from sigphi.train.resumable import check_output_dir
 from sigphi.train.second_round import checkpoint_config, load_checkpoint, settle
+from sigphi.train.sharding import storage_dtype
 from sigphi.train.trainers import VlmTrainer
 from sigphi.train.vlm_evaluation import encode_images
 
@@ -144,6 +145,7 @@ def _new_model(
         torch.float32 if model_arguments.tuning == "full" else weights_dtype(arguments),
         attn_implementation,
         arguments.device,
+        storage_dtype(arguments, weights_dtype(arguments)),
     )
     return build_vlm(encoder.vision_model, language_model, processor.tokenizer, model_arguments)
 
