@@ -144,13 +144,40 @@ def vlm_recipes_table() -> str:
     return f"{lines}\nPhi-2, a ResNet-50 at 32 pixels, 16 image tokens (benchmarks/vlm_recipes.py).\n"
 
 
+def vlm_speed_table() -> str:
+    """The contestants of benchmarks/vlm.py."""
+    results = read("vlm")
+    throughput, operations = results["throughput"], results["operations"]
+    lines = "| trained by | questions/s | supervised tokens/s | positions a question | peak memory |\n"
+    lines += "| --- | --- | --- | --- | --- |\n"
+    for name, one in throughput["contestants"].items():
+        cells = [f"{one[key]:.1f}" for key in ("questions_per_second", "supervised_tokens_per_second")]
+        cells += [f"{one['positions_per_question']:.1f}", f"{one['peak_bytes'] / 1e6:,.0f} MB"]
+        lines += f"| {name} | {' | '.join(cells)} |\n"
+    lines += "\n| of | over | questions/s | turns | peak memory |\n| --- | --- | --- | --- | --- |\n"
+    for speed, memory in zip(throughput["ratios"], throughput["memory_ratios"], strict=True):
+        turns = f"{speed['least']:.2f} to {speed['most']:.2f}"
+        lines += f"| {speed['of']} | {speed['to']} | {speed['median']:.2f} | {turns} | {memory['median']:.2f} |\n"
+    machine, speeds = throughput["machine"], results["grid"]["questions_per_second"]
+    return (
+        f"{lines}\nTRL fastest: {results['grid']['fastest']}, the best of {len(speeds)} settings "
+        f"({min(speeds.values()):.1f} to {max(speeds.values()):.1f} questions/s). {machine['cores']} cores of an "
+        f"{machine['processor']}, {throughput['turns']} turns; TRL {machine['trl']}, transformers "
+        f"{machine['transformers']}, torch {machine['torch']}.\n\n"
+        f"Work of a question in training at the size of Phi-2, counted on tensors without data: "
+        f"{operations['sigphi, packed']:.0f} GFLOP with sigphi, {operations['TRL default']:.0f} with TRL as it comes, "
+        f"{operations['TRL, batches of 16, no checkpointing']:.0f} with TRL without gradient checkpointing "
+        f"(benchmarks/vlm.py).\n"
+    )
+
+
 # File -> what stands between which marks.
 TABLES = {
     "README.md": {"results": table, "types": types_table},
     "docs/plan.md": {"memory": memory_table},
     "docs/encoder.md": {"speed": speed_table, "repeats": repeats_table},
-    "docs/vlm.md": {"recipes": vlm_recipes_table},
     "docs/scale.md": scale_tables.TABLES,
+    "docs/vlm.md": {"recipes": vlm_recipes_table, "speed": vlm_speed_table},
 }
 
 

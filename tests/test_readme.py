@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/plan.md", "docs/encoder.md", "docs/scale.md"])
+@pytest.mark.parametrize("file", ["README.md", *(f"docs/{name}.md" for name in ("encoder", "plan", "scale", "vlm"))])
 def test_figures_are_those_of_the_committed_files(file: str) -> None:
     code = f"import readme; print(readme.render({file!r}), end='')"
     rendered = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True
     ).stdout
     assert rendered == (ROOT / file).read_text(encoding="utf-8")
-    assert re.search(r"<!-- (\w+) -->\n\|.*<!-- /\1 -->", rendered, re.DOTALL)
+    assert re.search(r"<!-- ([\w-]+) -->\n\|.*<!-- /\1 -->", rendered, re.DOTALL)
 
 
 def test_links_lead_somewhere() -> None:
