@@ -30,10 +30,9 @@ from vlm_contestants import BASE, ENCODER, LLAVA, QA
 
 from sigphi import SigPhiConfig, SigPhiForConditionalGeneration, SigPhiProcessor
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel
-from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
+from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor, to_rgb
 from sigphi.train.answering import generate_answers
 from sigphi.train.data import distinct_images, load_cifar10_qa
-from sigphi.train.pictures import to_rgb
 from sigphi.train.records import write_json
 from sigphi.train.vlm_evaluation import encode_images
 
@@ -82,7 +81,7 @@ def make_sigphi(folder: Path, exam: Exam, new_tokens: int) -> Callable[[int], li
         pixels = torch.stack([pil_to_tensor(picture) for picture in exam.pictures])
         features = encode_images(model, processor, pixels)
         given = generate_answers(model, processor, features, images, questions, batch_size, new_tokens)
-        return [one.answer for one in given]
+        return [one.text for one in given]
 
     return answer
 
@@ -157,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", required=True, help="CIFAR-10: a folder or Hub id")
     parser.add_argument("--parts-dir", type=Path, default=Path("runs/vlm_speed"))
-    parser.add_argument("--num-images", type=int, default=64)
+    parser.add_argument("--num-images", type=int, default=32)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--turns", type=int, default=3)
