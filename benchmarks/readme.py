@@ -171,13 +171,29 @@ def vlm_speed_table() -> str:
     )
 
 
+def generation_table() -> str:
+    """The contestants of benchmarks/generation.py."""
+    results = read("generation")
+    lines = "| answered by | best batch size | questions/s |\n| --- | --- | --- |\n"
+    for name, one in results["contestants"].items():
+        lines += f"| {name} | {one['best_batch_size']} | {one['questions_per_second']:.1f} |\n"
+    ratios = " and ".join(
+        f"{one['median']:.2f} times the questions of {one['to']} ({one['least']:.2f} to {one['most']:.2f})"
+        for one in results["ratios"]
+    )
+    return (
+        f"{lines}\nsigphi answers {ratios}: {results['questions']} questions about {results['images']} images, "
+        f"answers of {results['new_tokens']} tokens, {results['turns']} turns (benchmarks/generation.py).\n"
+    )
+
+
 # File -> what stands between which marks.
 TABLES = {
     "README.md": {"results": table, "types": types_table},
     "docs/plan.md": {"memory": memory_table},
     "docs/encoder.md": {"speed": speed_table, "repeats": repeats_table},
     "docs/scale.md": scale_tables.TABLES,
-    "docs/vlm.md": {"recipes": vlm_recipes_table, "speed": vlm_speed_table},
+    "docs/vlm.md": {"recipes": vlm_recipes_table, "generation": generation_table, "speed": vlm_speed_table},
 }
 
 
