@@ -23,22 +23,23 @@ import torch
 from PIL import Image
 from provenance import commit, machine
 from torchvision.transforms.v2.functional import pil_to_tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, LlavaProcessor
 from turns import ratios
 from vlm import IMAGE_TOKENS, prompt_template
 from vlm_contestants import BASE, ENCODER, LLAVA, QA
 
-from sigphi import SigPhiConfig, SigPhiForConditionalGeneration, SigPhiProcessor
+from sigphi import SigPhiProcessor
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel
 from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor, to_rgb
 from sigphi.train.answering import generate_answers
+from sigphi.train.arguments import VlmModelArguments
 from sigphi.train.data import distinct_images, load_cifar10_qa
+from sigphi.train.qlora import build_vlm
 from sigphi.train.records import write_json
 from sigphi.train.vlm_evaluation import encode_images
 
 RESULTS = Path(__file__).parent / "results" / "generation.json"
 OURS, THEIRS, SORTED = "sigphi", "LLaVA, in the order of the file", "LLaVA, sorted by length"
-NAMES = (OURS, THEIRS, SORTED)
 
 logger = logging.getLogger(__name__)
 
@@ -64,17 +65,10 @@ def make_sigphi(folder: Path, exam: Exam, new_tokens: int) -> Callable[[int], li
     parts = SiglipResNetProcessor.from_pretrained(folder / ENCODER)
     language_model = AutoModelForCausalLM.from_pretrained(folder / BASE)
     processor = SigPhiProcessor(parts.image_processor, parts.tokenizer, num_image_tokens=IMAGE_TOKENS)
-    pad = processor.tokenizer.pad_token_id
-    config = SigPhiConfig(
-        vision_config=encoder.config.vision_config,
-        text_config=language_model.config,
-        image_token_id=processor.image_token_id,
-        pad_token_id=pad,
-        num_image_tokens=IMAGE_TOKENS,
-    )
-    model = SigPhiForConditionalGeneration.from_parts(config, encoder.vision_model, language_model).eval()
-    end = processor.tokenizer.eos_token_id
-    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad, min_new_tokens=new_tokens)
+    names = {"siglip_checkpoint": str(folder / ENCODER), "language_model": str(folder / BASE)}
+    arguments = VlmModelArguments(**names, bits=16, tuning="full", num_image_tokens=IMAGE_TOKENS)
+    model = build_vlm(encoder.vision_model, language_model, processor.tokenizer, arguments).eval()
+    model.generation_config.min_new_tokens = new_tokens
     images, questions = zip(*exam.asked, strict=True)
 
     def answer(batch_size: int) -> list[str]:
@@ -126,9 +120,7 @@ def measure(contestants: dict[str, Callable[[int], list[str]]], exam: Exam, size
                     raise RuntimeError(f"{name} gave {len(answers)} answers to {len(exam.asked)} questions.")
                 if turn >= 0:
                     found[name][size].append(len(answers) / seconds)
-                    logger.info(
-                        "turn %d, %s, batches of %d: %.1f questions/s", turn, name, size, len(answers) / seconds
-                    )
+                    logger.info("turn %d, %s, batches of %d: %.1f", turn, name, size, found[name][size][-1])
     return found
 
 

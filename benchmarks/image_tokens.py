@@ -12,12 +12,10 @@ trained again, and the file is written anew after each. The encoder is a folder 
 import argparse
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from cifar10 import RECIPES, train_seconds
+from cifar10 import RECIPES, run, train_seconds
 from provenance import provenance
 
 from sigphi.train.records import LOG_HISTORY, write_json
@@ -27,13 +25,6 @@ TOKENS = (1, 4, 16)
 FIGURES = ("class_accuracy", "majority/class", "answer_accuracy", "image_gain", "class_image_gain")
 PREFIXES = ("accuracy/", "majority/")
 
-logger = logging.getLogger(__name__)
-
-
-def run(command: str, *words: str) -> None:
-    """Run a command of this package in a process of its own."""
-    subprocess.run([sys.executable, "-m", "sigphi", command, *words], check=True)
-
 
 def train(options: argparse.Namespace, tokens: int, folder: Path) -> None:
     """One VLM, unless it is there."""
@@ -42,13 +33,14 @@ def train(options: argparse.Namespace, tokens: int, folder: Path) -> None:
     words = ["--config", str(RECIPES / "cifar10_vlm.yaml"), "--num-image-tokens", str(tokens), "--bits", "16"]
     words += ["--siglip-checkpoint", options.encoder, "--language-model", options.language_model]
     words += ["--input-csv", options.input_csv, "--images", options.images, "--output-dir", str(folder)]
-    run("train-vlm", *words, "--max-steps", str(options.max_steps))
+    run("sigphi", "train-vlm", *words, "--max-steps", str(options.max_steps))
 
 
 def score(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Its figures on the test images."""
     words = ["--input-csv", options.test_csv, "--images", options.images, "--batch-size", "256"]
-    run("evaluate", str(folder), *words, *(["--max-images", str(options.max_images)] if options.max_images else []))
+    words += ["--max-images", str(options.max_images)] if options.max_images else []
+    run("sigphi", "evaluate", str(folder), *words)
     results = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
     kept = {name: value for name, value in results.items() if name in FIGURES or name.startswith(PREFIXES)}
     return kept | {"test_images": results["metadata"]["images"], "train_seconds": train_seconds(folder)}

@@ -45,10 +45,10 @@ def measure(part: str) -> Any:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def about() -> dict[str, Any]:
+def about(revision: str) -> dict[str, Any]:
     """Where the figures of a part come from."""
     versions = {name: version(name) for name in PACKAGES}
-    return {"commit": commit(), "cores": os.cpu_count(), "versions": versions, "load": os.getloadavg()[0]}
+    return {"commit": revision, "cores": os.cpu_count(), "versions": versions, "load": os.getloadavg()[0]}
 
 
 def loss_memory() -> dict[str, Any]:
@@ -70,7 +70,6 @@ def loss_memory() -> dict[str, Any]:
         "bytes_per_logit": float(constants[0]),
         "arrays_of_embeddings": float(constants[1]),
         "largest_error": float(np.abs(explained / peaks - 1).max()),
-        "flops_per_second": max(6 * row["batch"] ** 2 * DIM / row["seconds"] for row in rows),
     }
 
 
@@ -90,9 +89,9 @@ def sizes() -> list[dict[str, Any]]:
 
 
 def traffic() -> dict[str, Any]:
-    """What more processes send and compute in a step, by the formula that the part `communication` checks."""
+    """What more processes send in a step, by the formula that the part `communication` checks."""
     towers = json.loads(ENCODER.read_text(encoding="utf-8"))["towers"]
-    weights, rate = towers["parameters"]["sigphi"], loss_memory()["flops_per_second"]
+    weights = towers["parameters"]["sigphi"]
     rows = []
     for processes in (8, 64, 512):
         sent = {variant: loss_bytes(variant, BATCH, processes) for variant in ("ring", "gather")}
@@ -105,7 +104,6 @@ def traffic() -> dict[str, Any]:
                 "gather_bytes": sent["gather"],
                 "gradient_bytes": gradients,
                 "seconds_of_ring_and_gradients": both,
-                "loss_core_seconds": 6 * BATCH**2 * DIM / processes / rate,
             }
         )
     return {"batch": BATCH, "weights": weights, "rows": rows}
@@ -117,8 +115,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", choices=SCRIPTS, default=list(SCRIPTS))
     options = parser.parse_args()
     parts = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    revision = commit()  # before the file of results is another one than the commit's
     for part in options.parts:
-        parts[part] = about() | {"found": measure(part)}
+        parts[part] = about(revision) | {"found": measure(part)}
         _write(parts)
     parts |= {"sizes": {"found": sizes()}, "traffic": {"found": traffic()}, "loss_memory": {"found": loss_memory()}}
     _write(parts)

@@ -36,41 +36,26 @@ def _text(row: int) -> str:
     return f"{' '.join(words)} {row}"
 
 
-def _write(rank: int, processes: int, folder: Path, rows: int, shards: int) -> dict[str, float]:
+def _write(rank: int, processes: int, folder: Path) -> None:
     features = datasets.Features(
         {"image": datasets.Image(), "text": datasets.Value("string"), "row": datasets.Value("int64")}
     )
-    content = {"image": [{"bytes": _picture(row), "path": None} for row in range(rows)]}
-    content |= {"text": [_text(row) for row in range(rows)], "row": list(range(rows))}
+    content = {"image": [{"bytes": _picture(row), "path": None} for row in range(ROWS)]}
+    content |= {"text": [_text(row) for row in range(ROWS)], "row": list(range(ROWS))}
     table = datasets.Dataset.from_dict(content, features)
-    for shard in range(shards):
-        # As large as those of sets of images on the Hub: a hundred rows can be read without those before them.
-        part = table.shard(shards, shard, contiguous=True)
-        part.to_parquet(str(folder / f"train-{shard:05}-of-{shards:05}.parquet"), batch_size=100)
-    return {"bytes_per_image": sum(len(one["bytes"]) for one in content["image"]) / rows}
-
-
-def write_shards(folder: Path, rows: int, shards: int) -> Path:
-    """A folder of parquet files with the columns `image`, `text` and `row`."""
-    place = folder / f"{rows}-rows-{shards}-shards"
-    if not place.exists():
-        place.mkdir(parents=True)
-        in_processes(_write, 1, place, rows, shards)
-    return place
-
-
-def stream(folder: Path, decoded: bool = False) -> datasets.IterableDataset:
-    """The shards of a folder in order."""
-    found = datasets.load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train", streaming=True)
-    return found if decoded else found.cast_column("image", datasets.Image(decode=False))
+    for shard in range(SHARDS):
+        part = table.shard(SHARDS, shard, contiguous=True)
+        part.to_parquet(str(folder / f"train-{shard:05}-of-{SHARDS:05}.parquet"), batch_size=100)
 
 
 def _plain(folder: Path) -> Any:
-    return stream(folder)
+    """The shards of a folder in order, images as files."""
+    found = datasets.load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train", streaming=True)
+    return found.cast_column("image", datasets.Image(decode=False))
 
 
 def _shuffled(folder: Path, buffer_size: int) -> Any:
-    return stream(folder).shuffle(seed=SEED, buffer_size=buffer_size)
+    return _plain(folder).shuffle(seed=SEED, buffer_size=buffer_size)
 
 
 def _loader(rows: Any) -> Any:
@@ -124,8 +109,8 @@ def resuming() -> list[dict[str, Any]]:
         the state cannot be gone on from.
     """
     with tempfile.TemporaryDirectory() as folder:
-        place = write_shards(Path(folder), ROWS, SHARDS)
-        return [_left_and_gone_on(name, place) for name in READERS]
+        in_processes(_write, 1, Path(folder))
+        return [_left_and_gone_on(name, Path(folder)) for name in READERS]
 
 
 def _left_and_gone_on(name: str, place: Path) -> dict[str, Any]:

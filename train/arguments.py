@@ -202,15 +202,17 @@ class SiglipModelArguments:
             )
 
     def _check_stem(self) -> None:
+        if not self.whiten_stem:
+            return
         for option, value in (("vision-model", self.vision_model), ("siglip-checkpoint", self.siglip_checkpoint)):
-            if self.whiten_stem and value is not None:
+            if value is not None:
                 raise UserError(
                     f"--whiten-stem is for a new image tower, --{option} gives a trained one: leave one out."
                 )
-        if self.whiten_stem and self.stem != "cifar":
+        if self.stem != "cifar":
             raise UserError(f"--whiten-stem needs --stem cifar, got --stem {self.stem}.")
         # Both signs of 27 directions, since a kernel sees 3x3 pixels of three colors.
-        if self.whiten_stem and (self.embedding_size % 2 or self.embedding_size > 54):
+        if self.embedding_size % 2 or self.embedding_size > 54:
             raise UserError(f"--embedding-size {self.embedding_size}: --whiten-stem needs an even number up to 54.")
 
     @property

@@ -18,9 +18,8 @@ OTHER_NUMBER = "`--resume` by another number of processes"
 SAVE_TEXT_TOWER = "`--save-text-tower`"
 # What was seen to fail, or to do something else without a word, and what to do; by the ways whose names begin so and
 # by the option. docs/many_gpus.md has the same as a table.
-_REFUSED = {
-    ("FSDP", "`--ema-decay`"): "averages whole weights: leave it out, or launch with ddp.yaml.",
-    ("ZeRO", "`--ema-decay`"): "averages whole weights: leave it out, or launch with ddp.yaml.",
+_REFUSED: dict[tuple[str | tuple[str, ...], str], str] = {
+    (("FSDP", "ZeRO"), "`--ema-decay`"): "averages whole weights: leave it out, or launch with ddp.yaml.",
     ("ZeRO", "`--micro-batch-size`"): (
         "makes several backward passes an update, which DeepSpeed counts as several batches: leave it out, or launch "
         "with ddp.yaml or fsdp2.yaml."
@@ -29,11 +28,7 @@ _REFUSED = {
         "needs whole kernels, and DeepSpeed gives the optimizer pieces, so that AdamW would move them: leave it out, "
         "or launch with ddp.yaml or fsdp2.yaml."
     ),
-    ("FSDP", "`train-siglip --bf16 true`"): (
-        "gives BatchNorm weights in bfloat16 beside statistics in float32: train with --bf16 false, or launch with "
-        "ddp.yaml."
-    ),
-    ("ZeRO", "`train-siglip --bf16 true`"): (
+    (("FSDP", "ZeRO"), "`train-siglip --bf16 true`"): (
         "gives BatchNorm weights in bfloat16 beside statistics in float32: train with --bf16 false, or launch with "
         "ddp.yaml."
     ),

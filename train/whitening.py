@@ -1,5 +1,8 @@
 """Layers of the encoder that start from the statistics of what they read."""
 
+from collections.abc import Callable, Iterable
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 
@@ -21,13 +24,7 @@ def whiten_text_projection(model: SiglipResNetModel, features: torch.Tensor) -> 
         model (`SiglipResNetModel`): its `text_model.projection` is set.
         features (`torch.Tensor` of shape `(texts, hidden_size)`): pooled states of the training texts.
     """
-    parts = features.split(4096)  # features in a file need not fit in memory
-    mean = sum(part.double().sum(0) for part in parts) / len(features)  # (hidden_size,)
-    covariance = sum((part - mean).t() @ (part - mean) for part in parts) / (len(features) - 1)
-    variances, directions = torch.linalg.eigh(covariance)  # ascending
-    # Directions with almost no variance hold rounding noise, which must not be blown up.
-    scale = (variances + 1e-3 * variances.mean()).rsqrt()
-    whitening = scale[:, None] * directions.t()  # (hidden_size, hidden_size)
+    mean, whitening = _whitening(lambda: features.split(4096))  # features in a file need not fit in memory
     projection = model.text_model.projection
     weight = projection.weight.double().cpu() @ whitening
     projection.weight.copy_(weight)
@@ -50,26 +47,32 @@ def whiten_stem(vision_model: SiglipResNetVisionModel, pixel_values: torch.Tenso
     """
     convolution = vision_model.embedder.convolution
     count = convolution.out_channels // 2
-    covariance = _patch_covariance(pixel_values, convolution.kernel_size[0])
-    variances, directions = torch.linalg.eigh(covariance)  # ascending
-    directions = directions.flip(1).t()[:count]  # (count, patch)
-    # Directions with almost no variance hold rounding noise, which must not be blown up.
-    scale = (variances.flip(0)[:count] + 1e-3 * variances.mean()).rsqrt()
-    kernels = (scale[:, None] * directions).view(count, *convolution.weight.shape[1:])
+    parts, size = pixel_values.split(_IMAGES_AT_ONCE), convolution.kernel_size
+    _, whitening = _whitening(lambda: (F.unfold(part, size).transpose(1, 2).flatten(0, 1) for part in parts))
+    kernels = whitening.flip(0)[:count].view(count, *convolution.weight.shape[1:])
     convolution.weight.copy_(torch.cat([kernels, -kernels]))
 
 
-def _patch_covariance(pixel_values: torch.Tensor, size: int) -> torch.Tensor:
-    """Of patches of `size` x `size` pixels within the images, `(patch, patch)` in float64."""
-    parts = pixel_values.split(_IMAGES_AT_ONCE)
-    count = sum(len(_patches(part, size)) for part in parts)
-    mean = torch.stack([_patches(part, size).sum(0) for part in parts]).sum(0) / count  # (patch,)
-    centred = (_patches(part, size) - mean for part in parts)  # (patches, patch) each
-    return torch.stack([part.t() @ part for part in centred]).sum(0) / (count - 1)
+def _whitening(parts: Callable[[], Iterable[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What gives centred rows all principal directions at unit variance.
 
+    Args:
+        parts (`Callable`): the rows in parts of shape `(rows, size)`, which are asked for twice.
 
-def _patches(pixel_values: torch.Tensor, size: int) -> torch.Tensor:
-    return F.unfold(pixel_values, size).transpose(1, 2).flatten(0, 1).double()  # (patches, channels * size * size)
+    Returns:
+        `tuple` in float64: the mean of the rows `(size,)`, and the whitening `(size, size)`, a line a direction, those
+        of the least variance first.
+    """
+    sums = [(part.double().sum(0), len(part)) for part in parts()]
+    count = sum(length for _, length in sums)
+    mean = reduce(torch.add, (one for one, _ in sums)) / count
+    centred = (part - mean for part in parts())
+    covariance = reduce(torch.add, (part.t() @ part for part in centred)) / (count - 1)
+    variances, directions = torch.linalg.eigh(covariance)  # ascending
+    # Directions with almost no variance hold rounding noise, which must not be blown up.
+    scale = (variances + 1e-3 * variances.mean()).rsqrt()
+    return mean, scale[:, None] * directions.t()
 
 
 __all__ = ["whiten_stem", "whiten_text_projection"]
