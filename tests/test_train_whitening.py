@@ -72,7 +72,8 @@ def test_training_keeps_a_whitened_stem_and_moves_all_else(tmp_path, toy_csv, to
     assert torch.equal(last[STEM][4:], -last[STEM][:4])
     moved = [name for name in first if first[name].is_floating_point() and not torch.equal(first[name], last[name])]
     assert len(moved) > 20
-    assert "vision_model.embedder.normalization.weight" in moved
+    assert not {f"vision_model.embedder.normalization.{name}" for name in ("weight", "bias")} & {*moved}
+    assert {f"vision_model.embedder.normalization.running_{name}" for name in ("mean", "var")} <= {*moved}
 
 
 @pytest.mark.parametrize(

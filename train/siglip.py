@@ -280,7 +280,8 @@ def encoder_to_train(
     """[`build_encoder`], laid out in memory as training wants it, with what stays as it is frozen."""
     model = build_encoder(model_arguments, config, arguments.device)
     if model_arguments.whiten_stem:
-        model.vision_model.embedder.convolution.requires_grad_(False)
+        # The norm behind the kernels stays too, so that no gradient has to reach what is widest.
+        model.vision_model.embedder.requires_grad_(False)
     if arguments.channels_last:
         model.vision_model.to(memory_format=torch.channels_last)
     return model
