@@ -8,6 +8,7 @@ beside it `demo.json` (`model`, `revision`, `questions`), `examples/*.png`, and,
 
 import html
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,7 +132,9 @@ class Demo:
             return_tensors="pt",
         )
         length = inputs["input_ids"].shape[1]
-        longest = self.model.config.text_config.max_position_embeddings - self.max_new_tokens
+        # BLOOM's positions, and Mamba's, have no end.
+        context = getattr(self.model.config.text_config, "max_position_embeddings", math.inf)
+        longest = context - self.max_new_tokens
         if length > longest:
             raise sorry(f"The question has {length} tokens, and the model reads {longest}. Shorten it.")
         return inputs.to(self.model.device)

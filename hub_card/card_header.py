@@ -10,7 +10,6 @@ from sigphi.hub_card.markdown import is_hub_id, one_line
 
 EMISSIONS = "emissions.csv"
 PIPELINE_TAGS = {"siglip_resnet": "zero-shot-image-classification", "sigphi": "image-text-to-text"}
-_TAGS = {"siglip_resnet": ["siglip", "resnet", "sigphi"], "sigphi": ["vision-language", "siglip", "phi", "sigphi"]}
 # How the Hub calls the figures of ours that go into its index. What is reached without looking is none of them.
 _METRIC_TYPES = {
     "eval_loss": "loss",
@@ -52,7 +51,7 @@ def card_header(
     fields: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": PIPELINE_TAGS[kind],
-        "tags": _TAGS[kind],
+        "tags": _tags(config),
         "base_model": sources or None,
         "datasets": training_sets(training) or None,
         "co2_eq_emissions": _emissions(folder / EMISSIONS),
@@ -62,6 +61,12 @@ def card_header(
         if sources:
             fields |= {"base_model_relation": "adapter" if config.get("base_language_model") else "finetune"}
     return fields
+
+
+def _tags(config: dict[str, Any]) -> list[str]:
+    if config["model_type"] == "siglip_resnet":
+        return ["siglip", "resnet", "sigphi"]
+    return ["vision-language", "siglip", config["text_config"]["model_type"], "sigphi"]
 
 
 def header_yaml(fields: dict[str, Any], license: str, name: str, results: list[EvalResult]) -> str:

@@ -376,7 +376,12 @@ class SigPhiModel(SigPhiPreTrainedModel):
             `torch.Tensor` of shape `(images, num_image_tokens, feature_size)`: the L2-normalised embedding times the
             square root of its size (so that its entries have unit variance), or the averaged feature map's cells.
         """
-        outputs = self.vision_tower(pixel_values)
+        # Where it is frozen, its numbers are the same in whatever precision the rest trains, and in the feature cache.
+        if any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+            outputs = self.vision_tower(pixel_values)
+        else:
+            with torch.autocast(pixel_values.device.type, enabled=False):
+                outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype))
         if self.config.num_image_tokens == 1:
             embeds = F.normalize(outputs.pooler_output.float(), dim=-1)  # (images, projection_dim)
             return embeds.unsqueeze(1) * math.sqrt(embeds.shape[-1])  # (images, 1, projection_dim)

@@ -52,6 +52,8 @@ def make_trainer(case: dict[str, Any], parts: Path, folder: Path) -> Any:
     """The trainer of a case."""
     given = torch.load(parts, weights_only=False)
     options = COMMON | OPTIONS | {"per_device_train_batch_size": BATCH} | case["options"]
+    if "tokens_per_batch" in options:
+        del options["per_device_train_batch_size"]
     for name in ("per_device_train_batch_size", "tokens_per_batch"):
         if name in options:
             options[name] //= int(os.environ.get("WORLD_SIZE", "1"))

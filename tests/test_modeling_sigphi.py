@@ -188,6 +188,18 @@ def test_more_soft_tokens_are_the_averaged_cells_of_the_feature_map(make_vlm, si
         torch.testing.assert_close(features[:, index], cell)
 
 
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_frozen_image_tower_gives_the_same_features_under_autocast(make_vlm, tokens, dtype):
+    model = make_vlm(num_image_tokens=tokens).model
+    pixels = torch.randn(2, 3, 32, 32)
+    expected = model.requires_grad_(False).get_vision_features(pixels)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(model.get_vision_features(pixels), expected)
+        trained = model.requires_grad_(True).get_vision_features(pixels)
+    assert not torch.equal(trained, expected)
+
+
 @pytest.mark.parametrize("num_image_tokens", [1, 4, 16])
 def test_the_image_reaches_the_logits(make_vlm, tiny_vlm_processor, images, num_image_tokens):
     model = make_vlm(num_image_tokens=num_image_tokens)

@@ -24,6 +24,7 @@ from sigphi.train.arguments import (
     StageArguments,
     VlmModelArguments,
     VlmTrainingArguments,
+    check_duplicates,
     check_launch,
 )
 from sigphi.train.base_lm import BaseModelArguments, BaseTrainingArguments
@@ -125,6 +126,11 @@ def test_the_optimizers_of_bitsandbytes_need_it(monkeypatch, tmp_path):
             {"siglip_checkpoint": "e", "bits": 8, "use_dora": True},
             "--use-dora needs the whole weights .*--bits 4 or --bits 16",
         ),
+        (
+            VlmTrainingArguments,
+            {"tokens_per_batch": 64, "per_device_train_batch_size": 4},
+            "--batch-size 4: a step has --tokens-per-batch 64 positions",
+        ),
         (DataArguments, {}, "--input-csv is needed"),
         (EncoderDataArguments, {}, "--input-csv is needed"),
         (EncoderDataArguments, {"input_csv": "a", "dataset": "d"}, "--input-csv has no use with --dataset"),
@@ -139,6 +145,9 @@ def test_the_optimizers_of_bitsandbytes_need_it(monkeypatch, tmp_path):
         (SiglipModelArguments, {"layer_type": "x"}, "--layer-type must .*'x'"),
         (SiglipModelArguments, {"text_pooling": "x"}, "--text-pooling must .*'x'"),
         (SiglipModelArguments, {"depths": [1]}, r"--hidden-sizes and --depths .*\[1\]"),
+        (SiglipModelArguments, {"vision_model": "r", "depths": [1, 1]}, "--depths has no use with --vision-model"),
+        (SiglipModelArguments, {"vision_model": "r", "layer_type": "basic"}, "--layer-type has no use with --vision"),
+        (SiglipModelArguments, {"vision_model": "r", "siglip_checkpoint": "e"}, "--vision-model and --siglip-checkp"),
         (
             VlmModelArguments,
             {"siglip_checkpoint": "e", "image_cache": "off", "image_cache_dir": "d"},
@@ -347,3 +356,10 @@ def test_a_recipe_that_does_not_exist_is_refused_with_those_that_do(command):
 def test_what_does_not_go_together_in_the_training_of_the_encoder(options, expected, tmp_path):
     with pytest.raises(UserError, match=expected):
         SiglipTrainingArguments(output_dir=str(tmp_path), report_to="none", **options)
+
+
+def test_texts_without_facts_cannot_be_ignored_for_their_facts(tmp_path):
+    training = SiglipTrainingArguments(output_dir=str(tmp_path), report_to="none", duplicate_texts="ignored")
+    check_duplicates(EncoderDataArguments(input_csv="qa.csv"), training)
+    with pytest.raises(UserError, match="--duplicate-texts ignored .*of the texts of a --dataset no facts are known"):
+        check_duplicates(EncoderDataArguments(dataset="pictures"), training)

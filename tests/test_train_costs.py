@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,13 @@ def test_an_encoder_that_caches_texts_does_not_run_its_tower_in_a_step(text_conf
     assert "whitening of the text projection" in cached.moments
     assert "text tower" in cached.moments["text features"]
     assert not any("text tower" in kinds for name, kinds in cached.moments.items() if name != "text features")
+
+
+def test_a_whitened_stem_has_no_gradients(text_config, tmp_path):
+    setup, batch = encoder_setup(text_config, tmp_path), SiglipBatch(images=4, texts=20, length=12, all_texts=300)
+    arguments = SiglipModelArguments(text_model="base", embedding_size=8, whiten_stem=True)
+    plain, whitened = siglip_costs(setup, batch), siglip_costs(replace(setup, model=arguments), batch)
+    assert whitened.flops < plain.flops and whitened.parameters == plain.parameters
 
 
 # Errors --------------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ CONFIGS: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any], list[s
     "mixtral": (MixtralConfig, SMALL | {"num_local_experts": 4}, ["k_proj", "o_proj", "q_proj", "v_proj"]),
 }
 # Those that go through all commands.
-WHOLE = {"llama": 4, "qwen2": 16, "gemma2": 16, "gpt2": 16}  # and their bits
+WHOLE = {"llama": 4, "qwen2": 16, "gemma2": 16, "gpt2": 16, "bloom": 16}  # and their bits
 QUICK = ("gemma2",)
 
 
@@ -244,6 +244,7 @@ def test_a_stranger_loads_what_was_trained(run_commands, run_stranger, kinds):
     trained = [run_commands(kind) for kind in kinds]
     lines = run_stranger(LOAD, FOLDERS=":".join(str(one.folder) for one in trained)).splitlines()
     names = {"llama": "LlamaModel", "qwen2": "Qwen2Model", "gemma2": "Gemma2Model", "gpt2": "GPT2Model"}
+    names["bloom"] = "BloomModel"
     assert [line.split()[0] for line in lines] == [names[kind] for kind in kinds]
     for one, line in zip(trained, lines, strict=True):
         model = SigPhiForConditionalGeneration.from_pretrained(one.folder)

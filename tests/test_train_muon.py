@@ -23,7 +23,9 @@ def take_steps(tower: nn.Module, optimizer: torch.optim.Optimizer, first: int = 
 
 
 @pytest.mark.parametrize("shape", [(20, 7), (7, 20), (16, 16)])
-def test_singular_values_come_near_one(shape):
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_singular_values_come_near_one(shape, has_bfloat16, monkeypatch):
+    monkeypatch.setattr("sigphi.train.muon.cpu_has_bfloat16", lambda: has_bfloat16)
     torch.manual_seed(0)
     matrix = torch.randn(shape) * 1e3
     left, values, right = torch.linalg.svd(orthogonalized(matrix).float(), full_matrices=False)
@@ -31,6 +33,7 @@ def test_singular_values_come_near_one(shape):
     expected = torch.linalg.svd(matrix, full_matrices=False)
     assert ((left @ right) - (expected[0] @ expected[2])).norm() / (left @ right).norm() < 0.1
     assert orthogonalized(torch.zeros(shape)).abs().max() == 0
+    assert orthogonalized(matrix).dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

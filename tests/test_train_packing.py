@@ -164,6 +164,19 @@ def test_every_epoch_has_its_own_batches_and_as_many():
     assert len(neighbours[0] & neighbours[2]) < 0.1 * len(neighbours[0]), "images meet others in each epoch"
 
 
+def test_epochs_differ_also_where_no_order_fits_into_as_many_rows_as_the_first():
+    rows = make_rows(200)
+    batches = PackedBatches(question_sizes(rows, IMAGE), tokens_per_row=64, rows_per_batch=1)
+    batches.most_rows = 0  # no order is short enough
+    epochs = []
+    for epoch in (0, 1):
+        batches.epoch = lambda epoch=epoch: epoch
+        epochs.append(list(batches))
+    assert epochs[0] != epochs[1]
+    for one in epochs:
+        assert sorted(map(tuple, one)) == sorted(map(tuple, batches.first_rows))
+
+
 def test_the_questions_of_an_image_lie_together():
     rows = make_rows(60)
     for batch in batches_of(rows, tokens_per_row=128):

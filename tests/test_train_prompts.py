@@ -1,9 +1,12 @@
 """Prompts and rows as at inference."""
 
+import math
+
 import datasets
 import pytest
+from transformers import BloomConfig, GPT2Config, MambaConfig, PhiConfig
 
-from sigphi.train.prompts import prepare_tokenizer, tokenize_questions, tokenized_rows
+from sigphi.train.prompts import context_length, prepare_tokenizer, tokenize_questions, tokenized_rows
 
 
 @pytest.mark.parametrize("num_image_tokens", [1, 4])
@@ -41,3 +44,8 @@ def test_the_tokenizer_gets_a_placeholder_and_a_padding_token_of_its_own(tokeniz
     assert prepared.tokenize("a<picture>b").count("<picture>") == 1
     assert prepared.padding_side == "left"
     assert len(prepare_tokenizer(prepared, image_token="<picture>")) == len(prepared) <= size + 2
+
+
+def test_a_language_model_reads_as_much_as_its_config_says_or_without_end():
+    assert [context_length(config) for config in (PhiConfig(), GPT2Config(n_positions=77))] == [2048, 77]
+    assert [context_length(config) for config in (BloomConfig(), MambaConfig())] == [math.inf, math.inf]

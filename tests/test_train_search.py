@@ -403,7 +403,7 @@ def bad_indexes(folder, place):
     return tables
 
 
-@pytest.mark.parametrize(("text", "part"), [(" ", "is empty"), ("cat " * 65, "tokens, the encoder reads 64")])
+@pytest.mark.parametrize(("text", "part"), [(" ", "is empty"), ("cat " * 129, "tokens, the encoder reads 128")])
 def test_a_text_that_cannot_be_read_is_refused(folder, text, part):
     with pytest.raises(UserError, match=part):
         search_text(load_index(folder / "set.index"), text)

@@ -19,8 +19,9 @@ from sigphi.train.arguments import DataArguments, VlmModelArguments, VlmTraining
 from sigphi.train.data import load_cifar10_qa
 from sigphi.train.errors import UserError
 from sigphi.train.evaluation import only_unseen
+from sigphi.train.parser import parse_arguments
 from sigphi.train.plan_cases import read_vlm_case
-from sigphi.train.second_round import settle
+from sigphi.train.second_round import load_checkpoint, settle
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +143,13 @@ def test_a_plan_knows_what_the_checkpoint_decides(forms, toy_csv, tmp_path):
     [
         ({"siglip_checkpoint": "x"}, "--siglip-checkpoint has no use with --vlm-checkpoint"),
         ({"language_model": "x"}, "--language-model has no use with --vlm-checkpoint"),
-        ({"num_image_tokens": 4}, "--num-image-tokens has no use with --vlm-checkpoint"),
+        ({"num_image_tokens": 4}, "--num-image-tokens 4: .* was trained with 1. Say --num-image-tokens 1"),
         ({"vlm_checkpoint": "gone/nowhere/x"}, "--vlm-checkpoint gone/nowhere/x: there is no model folder"),
         ({"vlm_checkpoint": "base"}, "--vlm-checkpoint .* is a 'phi' model; give a VLM"),
-        ({"lora_r": 4}, "--lora-r 4: .* was trained with 8, and the same LoRA layers are trained on"),
-        ({"bits": 16}, "--bits 16: .* was trained with 4, .*sigphi merge .* NEW-FOLDER"),
+        ({"lora_r": 4}, "--lora-r 4: .* was trained with 8. Say --lora-r 8, or begin new LoRA layers .*sigphi merge"),
+        ({"use_dora": True}, "--use-dora True: .* was trained with False. Say --use-dora False"),
+        ({"use_rslora": False}, "--use-rslora False: .* was trained with True. Say --use-rslora True"),
+        ({"bits": 16}, "--bits 16: .* was trained with 4. Say --bits 4, .*sigphi merge .* NEW-FOLDER"),
         ({"bits": 16, "tuning": "full"}, "--tuning full: .* holds no language model, only LoRA"),
         ({"vlm_checkpoint": "nf4", "bits": 16}, "--bits 16: .* is stored in 4 bits"),
     ],
@@ -164,3 +167,39 @@ def test_what_contradicts_the_checkpoint_is_refused(
 def test_one_start_is_needed():
     with pytest.raises(UserError, match="--siglip-checkpoint is needed"):
         VlmModelArguments()
+
+
+def test_a_recipe_goes_with_a_checkpoint_that_has_its_image_tokens(forms, argv, tmp_path):
+    words = [*argv[: argv.index("--batch-size")], "--vlm-checkpoint", str(forms["merged"]), "--recipe", "vlm-6gb"]
+    words += ["--output-dir", str(tmp_path)]
+    types = [VlmModelArguments, DataArguments, VlmTrainingArguments]
+    with pytest.raises(UserError, match="--num-image-tokens 16: .* was trained with 1. Say --num-image-tokens 1."):
+        settle(parse_arguments(types, words, "sigphi train-vlm", recipes=vlm.RECIPES)[0])
+    words += ["--num-image-tokens", "1"]
+    settled = settle(parse_arguments(types, words, "sigphi train-vlm", recipes=vlm.RECIPES)[0])
+    assert (settled.num_image_tokens, settled.bits) == (1, 4)
+
+
+def test_what_the_checkpoint_decides_is_told(forms, caplog):
+    with caplog.at_level("INFO"):
+        settled = settle(VlmModelArguments(vlm_checkpoint=str(forms["adapter"]), lora_r=8))
+    assert settled.language_model != VlmModelArguments.language_model
+    told = [record.message for record in caplog.records if "as --vlm-checkpoint has it" in record.message]
+    decided = {name for name in ("lora_alpha", "lora_dropout") if f"--{name.replace('_', '-')}" in " ".join(told)}
+    assert decided == {
+        name for name in ("lora_alpha", "lora_dropout") if getattr(settled, name) != getattr(VlmModelArguments, name)
+    }
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)],
+)
+def test_the_image_tower_is_never_in_float16(forms, form, dtype, expected):
+    settled = settle(VlmModelArguments(vlm_checkpoint=str(forms[form])))
+    model = load_checkpoint(settled, dtype, "sdpa", torch.device("cpu"))
+    assert model.model.vision_tower.dtype == expected
+    assert {p.dtype for p in model.model.vision_tower.parameters()} == {expected}
+    pixels = torch.rand(2, 3, 32, 32)
+    assert torch.isfinite(model.model.get_vision_features(pixels)).all()

@@ -288,6 +288,33 @@ def test_accumulated_batches_are_averaged(shared, processor, whole, tmp_path):
     assert (measured["gradients"]["vision_model.projection.weight"] - gradient).norm() <= 1e-4 * gradient.norm()
 
 
+def alone(folder: Path) -> str:
+    """What a trainer says whose model is not prepared for its two processes."""
+    trainer = make_trainer(folder, tiny_siglip(), couples, max_steps=1)
+    trainer.accelerator.prepare_model = lambda model, *_, **__: model
+    trainer.accelerator.prepare = lambda *parts, **_: parts if len(parts) > 1 else parts[0]
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    return str(error.value)
+
+
+def test_processes_whose_gradients_nothing_shares_are_refused(tmp_path):
+    told = run_processes(alone, 2, tmp_path, tmp_path)
+    assert all("2 processes, and nothing shares the gradients of the model" in one for one in told)
+
+
+def test_transformers_own_model_is_saved_and_loads_again(tmp_path):
+    model = tiny_siglip()
+    options: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "ema_decay": 0.0}
+    trainer = make_trainer(tmp_path / "run", model, couples, **options)
+    trainer.train()
+    trainer.save_model()
+    assert not [*tmp_path.rglob("README.md")]  # a card of ours would tell how to load another model
+    for folder in (tmp_path / "run" / "checkpoint-2", tmp_path / "run"):
+        again = SiglipModel.from_pretrained(folder)
+        assert all(torch.equal(one, other) for one, other in zip(again.parameters(), model.parameters(), strict=True))
+
+
 def test_the_loss_of_transformers_own_model_is_its_own(whole_siglip, tmp_path):
     order: list[dict[str, Any]] = []
     model = tiny_siglip()

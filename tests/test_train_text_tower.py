@@ -14,7 +14,7 @@ from hub_stub import HubStub
 from safetensors.torch import load_file
 
 from sigphi import SiglipResNetModel, SiglipTrainer
-from sigphi.train import siglip, text_tower
+from sigphi.train import encoder_evaluation, evaluation, siglip, text_tower
 from sigphi.train.arguments import SiglipModelArguments
 from sigphi.train.collators import SiglipCollator
 from sigphi.train.data import load_cifar10_qa
@@ -347,6 +347,32 @@ def test_only_a_new_text_projection_is_whitened(continues, options, cached_run, 
     if calls:
         data = load_cifar10_qa(toy_csv, TOY_IMAGES)
         assert len(calls[0]) == len(siglip.distinct_texts(text for part in data.values() for text in part["answer"]))
+
+
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_texts_are_cut_in_evaluations_where_training_has_cut_them(cache, toy_csv, toy_base, tmp_path, monkeypatch):
+    longest: list[int] = []
+
+    def watched(pool: Any, tokens: Any, *rest: Any) -> Any:
+        longest.append(max(map(len, tokens)))
+        return pooled_batches(pool, tokens, *rest)
+
+    for module in (text_tower, encoder_evaluation):
+        monkeypatch.setattr(module, "pooled_batches", watched)
+    options = ["--text-model", str(toy_base), "--text-cache", cache, "--text-cache-dir", str(tmp_path / "cache")]
+    options = options[: -2 if cache == "off" else None]
+    train(tmp_path / "run", toy_csv, *options, "--max-text-length", "5", "--save-text-tower", "true")
+    count = len(longest)
+    evaluation.main([str(tmp_path / "run"), "--input-csv", str(toy_csv), "--images", TOY_IMAGES])
+    assert 0 < count < len(longest) and set(longest) == {5}
+
+
+def test_texts_that_are_all_the_same_are_refused(tiny_encoder, tiny_encoder_processor):
+    collator = SiglipCollator(tiny_encoder_processor, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(UserError, match="every image has the same text, 'a cat': the loss compares texts"):
+        siglip.start_text_projection(tiny_encoder, collator, ["A cat", " a cat "])
+    siglip.start_text_projection(tiny_encoder, collator, ["A cat", "a dog"])
+    assert torch.isfinite(tiny_encoder.text_model.projection.weight).all()
 
 
 @pytest.mark.parametrize("saved_with_tower", [True, False])

@@ -31,6 +31,11 @@ BITSANDBYTES_OPTIMIZERS = (
 )
 
 
+# The image tower of a new encoder: a ResNet-50.
+_SHAPE: dict[str, Any] = {"layer_type": "bottleneck", "embedding_size": 64, "downsample_in_first_stage": False}
+_SHAPE |= {"hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3]}
+
+
 @dataclass
 class QaArguments:
     """Which questions and images a command works on."""
@@ -136,15 +141,15 @@ class SiglipModelArguments:
         help="ResNet to start from, such as microsoft/resnet-50; without it the tower starts from random weights.",
         default=None,
     )
-    layer_type: str = HfArg(help="ResNet layers: 'bottleneck' or 'basic'.", default="bottleneck")
-    embedding_size: int = HfArg(help="Channels of the stem.", default=64)
+    layer_type: str = HfArg(help="ResNet layers: 'bottleneck' or 'basic'.", default=_SHAPE["layer_type"])
+    embedding_size: int = HfArg(help="Channels of the stem.", default=_SHAPE["embedding_size"])
     hidden_sizes: list[int] = field(
-        default_factory=lambda: [256, 512, 1024, 2048], metadata={"help": "Channels of each stage."}
+        default_factory=lambda: [*_SHAPE["hidden_sizes"]], metadata={"help": "Channels of each stage."}
     )
-    depths: list[int] = field(default_factory=lambda: [3, 4, 6, 3], metadata={"help": "Layers of each stage."})
+    depths: list[int] = field(default_factory=lambda: [*_SHAPE["depths"]], metadata={"help": "Layers of each stage."})
     downsample_in_first_stage: bool = HfArg(
         help="Halve the feature map in the first stage too, as in all others: less work for small images.",
-        default=False,
+        default=_SHAPE["downsample_in_first_stage"],
     )
     stem: str = HfArg(help="'cifar' (3x3, for 32-pixel images) or 'imagenet' (7x7 and pooling).", default="cifar")
     whiten_stem: bool = HfArg(
@@ -195,11 +200,24 @@ class SiglipModelArguments:
         at_least(
             self, 1, "embedding_size", "hidden_sizes", "depths", "image_size", "projection_dim", "max_text_length"
         )
+        self._check_shape()
         self._check_stem()
         if len(self.hidden_sizes) != len(self.depths):
             raise UserError(
                 f"--hidden-sizes and --depths must name the same stages, got {self.hidden_sizes} and {self.depths}."
             )
+
+    def _check_shape(self) -> None:
+        if self.vision_model is None:
+            return
+        if self.siglip_checkpoint is not None:
+            raise UserError("--vision-model and --siglip-checkpoint both give an image tower: leave one of them out.")
+        for name, default in _SHAPE.items():
+            if getattr(self, name) != default:
+                raise UserError(
+                    f"--{name.replace('_', '-')} has no use with --vision-model, which has its own: leave one of them "
+                    "out."
+                )
 
     def _check_stem(self) -> None:
         if not self.whiten_stem:
@@ -322,7 +340,7 @@ class VlmModelArguments:
                     "--vlm-checkpoint, a VLM to train on)."
                 )
             return
-        for name in ("siglip_checkpoint", "language_model", "language_model_revision", "num_image_tokens"):
+        for name in ("siglip_checkpoint", "language_model", "language_model_revision"):
             if getattr(self, name) != getattr(VlmModelArguments, name):
                 raise UserError(
                     f"--{name.replace('_', '-')} has no use with --vlm-checkpoint, which has its own: leave one out."
@@ -589,8 +607,7 @@ class VlmTrainingArguments(StageArguments):
             raise UserError(f"--tokens-per-row must be 1 or more, got {self.tokens_per_row}.")
         if self.tokens_per_batch < 0:
             raise UserError(f"--tokens-per-batch must be 0 (off) or more, got {self.tokens_per_batch}.")
-        if self.tokens_per_batch > 0 and self.packing == "off":
-            raise UserError("--tokens-per-batch counts packed rows, and --packing is off: leave one of them out.")
+        self._check_budget()
         if self.eval_samples < 0:
             raise UserError(f"--eval-samples must be 0 or more, got {self.eval_samples}.")
         if self.stop_if_blind and self.eval_samples == 0:
@@ -602,6 +619,17 @@ class VlmTrainingArguments(StageArguments):
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             # The reentrant kind gives no gradients when the block's inputs need none, as with a frozen base.
             self.gradient_checkpointing_kwargs: dict[str, Any] | None = {"use_reentrant": False}
+
+    def _check_budget(self) -> None:
+        if self.tokens_per_batch == 0:
+            return
+        if self.packing == "off":
+            raise UserError("--tokens-per-batch counts packed rows, and --packing is off: leave one of them out.")
+        if self.per_device_train_batch_size != VlmTrainingArguments.per_device_train_batch_size:
+            raise UserError(
+                f"--batch-size {self.per_device_train_batch_size}: a step has --tokens-per-batch "
+                f"{self.tokens_per_batch} positions. Leave one of them out, or say --tokens-per-batch 0."
+            )
 
 
 def at_least(arguments: Any, minimum: int, *names: str) -> None:
@@ -624,6 +652,15 @@ def check_evaluation(data: DataArguments, training: TrainingArguments) -> None:
         raise UserError(
             "--eval-fraction 0 holds out no image to evaluate on during training: add --eval-strategy no, or hold out "
             "more."
+        )
+
+
+def check_duplicates(data: EncoderDataArguments, training: SiglipTrainingArguments) -> None:
+    """Raise a [`UserError`] if texts of the same fact are to be ignored in a set whose texts state no known facts."""
+    if data.dataset is not None and training.duplicate_texts == "ignored":
+        raise UserError(
+            "--duplicate-texts ignored is about texts that state the same fact, and of the texts of a --dataset no "
+            "facts are known: leave it out. Equal texts are one text in any case."
         )
 
 

@@ -27,7 +27,7 @@ from sigphi.train.image_texts import check_column, check_image_column, image_dig
 from sigphi.train.images import load_images
 from sigphi.train.pictures import PictureError, decode_picture, encoded_bytes
 from sigphi.train.predictions import Given
-from sigphi.train.prompts import tokenize_questions
+from sigphi.train.prompts import context_length, tokenize_questions
 from sigphi.train.qa_csv import PAIRS, REQUIRED_COLUMNS, questions_of, read_wide, with_checked_indices
 from sigphi.train.records import durable_name, environment
 
@@ -314,7 +314,7 @@ def _check_finished_run(output: Path, record: Path, settings: dict[str, str]) ->
 
 
 def _check_questions(questions: Sequence[str], processor: Any, config: PreTrainedConfig, max_new_tokens: int) -> None:
-    context = config.text_config.max_position_embeddings
+    context = context_length(config.text_config)
     distinct = list(dict.fromkeys(questions))
     for question in distinct:
         if processor.image_token in question:

@@ -22,6 +22,7 @@ from sigphi.train.evaluation import load_for_evaluation
 from sigphi.train.images import load_images
 from sigphi.train.pictures import PictureError, decode_picture
 from sigphi.train.predictions import Given
+from sigphi.train.prompts import context_length
 
 
 def open_image(name: str, images: str) -> Image.Image:
@@ -147,7 +148,7 @@ class Conversation:
         return given
 
     def _fitting_inputs(self, question: str) -> Any:
-        longest = self.model.config.text_config.max_position_embeddings - self.max_new_tokens
+        longest = context_length(self.model.config.text_config) - self.max_new_tokens
         first = 0
         inputs = self._inputs(self.turns, question)
         while inputs["input_ids"].shape[1] > longest:

@@ -45,7 +45,7 @@ class Served:
         name (`str`): what clients give as `model`.
         generations (`GenerationQueue`): makes its answers.
         processor (`SigPhiProcessor`): of the model. Only this server may use it from then on.
-        context_length (`int`): tokens of a prompt with its answer, at most.
+        context_length (`float`): tokens of a prompt with its answer, at most.
         max_new_tokens (`int`): longest answer in tokens, where a request says nothing.
         max_body_bytes (`int`): of a request.
         api_key (`str`, *optional*): what clients have to show.
@@ -54,7 +54,7 @@ class Served:
     name: str
     generations: GenerationQueue
     processor: Any
-    context_length: int
+    context_length: float
     max_new_tokens: int = 80
     max_body_bytes: int = 20_000_000
     api_key: str | None = None
@@ -248,7 +248,7 @@ def _sampling(asked: CompletionRequest, prompt_tokens: int, served: Served) -> S
     # The likeliest answer, as everywhere in sigphi; `top_p` by itself asks for others.
     default = 0.0 if asked.top_p is None else 1.0
     return Sampling(
-        max_new_tokens=wanted or min(served.max_new_tokens, left),
+        max_new_tokens=wanted or int(min(served.max_new_tokens, left)),
         temperature=default if asked.temperature is None else asked.temperature,
         top_p=1.0 if asked.top_p is None else asked.top_p,
         seed=asked.seed,

@@ -38,7 +38,7 @@ from sigphi.train.errors import UserError
 from sigphi.train.losses import global_sigmoid_loss
 from sigphi.train.memory import MemoryMeter, Speed, fake_mode, materialize
 from sigphi.train.muon import Muon
-from sigphi.train.precision import weights_dtype
+from sigphi.train.precision import tower_dtype, weights_dtype
 from sigphi.train.qlora import build_vlm
 from sigphi.train.text_tower import TEXTS_A_BATCH, TOKENS_A_BATCH
 from sigphi.train.trainers import SiglipTrainer, tower_inputs
@@ -198,7 +198,7 @@ def siglip_costs(setup: SiglipSetup, batch: SiglipBatch, speed: Speed | None = N
     text: Any = setup.encoder.text_config
     return _by_layers(
         text,
-        build=lambda part: _meta_encoder(setup.encoder, part, setup.model.train_text_tower),
+        build=lambda part: _encoder_to_train(setup, part),
         run=lambda model: _run_encoder(model, setup, batch, speed),
     )
 
@@ -276,8 +276,7 @@ def _meta_vlm(setup: VlmSetup) -> SigPhiForConditionalGeneration:
         if arguments.bits < 16:
             _quantize(language_model, arguments.bits, dtype)
         vision_config: Any = setup.encoder.vision_config
-        tower_dtype = torch.bfloat16 if setup.training.bf16 else torch.float32
-        vision_tower = SiglipResNetVisionModel(vision_config).to(tower_dtype)
+        vision_tower = SiglipResNetVisionModel(vision_config).to(tower_dtype(weights_dtype(setup.training)))
         model = build_vlm(vision_tower, language_model, setup.tokenizer, arguments)
     model.config.use_cache = setup.training.use_cache  # as the Trainer does
     return model
@@ -303,15 +302,22 @@ def _quantize(language_model: Any, bits: int, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _meta_encoder(encoder: SiglipResNetConfig, text: PreTrainedConfig, trains_text_tower: bool) -> SiglipResNetModel:
+def _encoder_to_train(setup: SiglipSetup, text: PreTrainedConfig) -> SiglipResNetModel:
+    """Of [`_meta_encoder`], what stays as it is frozen."""
+    model = _meta_encoder(setup.encoder, text)
+    text_tower: Any = model.text_model.language_model
+    text_tower.requires_grad_(setup.model.train_text_tower)
+    if setup.model.whiten_stem:
+        model.vision_model.embedder.requires_grad_(False)
+    return model
+
+
+def _meta_encoder(encoder: SiglipResNetConfig, text: PreTrainedConfig) -> SiglipResNetModel:
     """The encoder as `train-siglip` builds it, its text tower included."""
     config = copy.deepcopy(encoder)
     config.text_config, config.include_text_tower = text, True
     with torch.device("meta"):
-        model = SiglipResNetModel(config)
-    text_tower: Any = model.text_model.language_model
-    text_tower.requires_grad_(trains_text_tower)
-    return model
+        return SiglipResNetModel(config)
 
 
 def _number_of(parameters: Any) -> int:
@@ -516,7 +522,7 @@ def _run_vlm(model: Any, setup: VlmSetup, batch: VlmBatch, speed: Speed | None) 
         grown = (batch.longest_prompt + ANSWER_TOKENS) / batch.longest
         run.meter.moments["evaluation, answers"] = run.resident | {"keys and values": int(cached * grown)}
     if setup.encoder.include_text_tower:
-        encoder = _meta_encoder(setup.encoder, setup.encoder.text_config, trains_text_tower=False)
+        encoder = _meta_encoder(setup.encoder, setup.encoder.text_config)
         itemsize = model.model.vision_tower.dtype.itemsize
         tower = _number_of(encoder.parameters()) * itemsize
         run.meter.moments["loading"] = run.weights | {"the encoder with its text tower": tower}

@@ -56,15 +56,15 @@ def embed_images(model: SiglipResNetModel, processor: Any, images: torch.Tensor,
 
 
 @torch.no_grad()
-def pool_texts(
-    model: SiglipResNetModel, processor: Any, texts: Sequence[str], batch_size: int = 256, max_length: int = 64
-) -> torch.Tensor:
+def pool_texts(model: SiglipResNetModel, processor: Any, texts: Sequence[str], batch_size: int = 256) -> torch.Tensor:
     """
     What the text projection reads, float32, of shape `(texts, hidden_size)`, on the CPU; similar lengths together.
+
+    Texts are cut where the tokenizer's `model_max_length` says, as in training.
     """
     was_training = model.training
     model.eval()
-    tokens = token_ids(processor.tokenizer, texts, max_length)
+    tokens = token_ids(processor.tokenizer, texts)
     pooled = torch.empty(len(texts), model.text_model.projection.in_features)
     for rows, part in pooled_batches(model.text_model.pool, tokens, model.text_model.device, batch_size):
         pooled[rows] = part.float()

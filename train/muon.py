@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from sigphi.train.precision import cpu_has_bfloat16
+
 # Of the polynomial that takes every singular value from 0.003 up to near 1 in five steps (Jordan, 2024).
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -18,14 +20,17 @@ def is_kernel(parameter: torch.Tensor) -> bool:
 
 def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
     """
-    `U S' V^T` of a matrix `U S V^T`, with every singular value brought near 1 (between 0.7 and 1.2), in bfloat16.
+    `U S' V^T` of a matrix `U S V^T`, with every singular value brought near 1 (between 0.7 and 1.2).
+
+    It is computed in bfloat16, or in float32 on a CPU that has no bfloat16.
 
     Args:
         matrix (`torch.Tensor` of shape `(rows, columns)`): of any scale.
     """
     a, b, c = _COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
-    values = (matrix.t() if is_tall else matrix).bfloat16()
+    is_coarse = matrix.device.type != "cpu" or cpu_has_bfloat16()
+    values = (matrix.t() if is_tall else matrix).to(torch.bfloat16 if is_coarse else torch.float32)
     values = values / values.norm().clamp(min=1e-7)
     for _ in range(_ITERATIONS):
         gram = values @ values.t()

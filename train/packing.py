@@ -207,7 +207,9 @@ class PackedBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         random = np.random.default_rng([self.seed, int(self.epoch())])
         orders = (self._rows(random) for _ in range(_TRIES))
-        rows = next((one for one in orders if len(one) <= self.most_rows), list(self.first_rows))
+        rows = next((one for one in orders if len(one) <= self.most_rows), None)
+        if rows is None:  # the first order was luckier than all of these: its rows, shuffled
+            rows = [self.first_rows[row] for row in random.permutation(len(self.first_rows))]
         while len(rows) < self.num_batches:  # so few rows that some process would go without
             longest = rows.pop(max(range(len(rows)), key=lambda row: len(rows[row])))
             rows += [longest[: len(longest) // 2], longest[len(longest) // 2 :]]

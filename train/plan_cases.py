@@ -48,11 +48,11 @@ from sigphi.train.packing import (
 )
 from sigphi.train.padding import padding_share, random_batches
 from sigphi.train.pairs import text_key
-from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
+from sigphi.train.prompts import context_length, prepare_tokenizer, tokenized_rows
 from sigphi.train.second_round import checkpoint_config, encoder_of, settle
 from sigphi.train.siglip import distinct_texts, encoder_config, encoder_processor
 from sigphi.train.text_tower import length_batches, token_ids
-from sigphi.train.vlm import check_lengths, check_models, choose_watched, context_length, row_length
+from sigphi.train.vlm import check_lengths, check_models, choose_watched, row_length
 
 # Options in other words than their fields'.
 _FLAGS = {"per_device_train_batch_size": "--batch-size"}
@@ -433,7 +433,7 @@ def read_siglip_case(
     of_all = [texts for rows in texts_of.values() for texts in rows]
     spellings = distinct_texts(text for texts in of_all for text in texts)
     number = {key: position for position, key in enumerate(spellings)}
-    tokens = token_ids(processor.tokenizer, list(spellings.values()), model.max_text_length)
+    tokens = token_ids(processor.tokenizer, list(spellings.values()))
     size = processor.image_processor.size
     return SiglipCase(
         model=model,

@@ -25,9 +25,14 @@ def weights_dtype(training: TrainingArguments) -> torch.dtype:
     return torch.float16 if training.fp16 else torch.float32
 
 
+def tower_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a frozen image tower is kept in beside a language model in `dtype`: a ResNet may overflow in float16."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
 def inference_dtype() -> torch.dtype | str:
     """The `dtype` to load a model with: the one it was saved in, but float32 on a CPU that has no bfloat16."""
     return "auto" if torch.accelerator.is_available() or cpu_has_bfloat16() else torch.float32
 
 
-__all__ = ["cpu_has_bfloat16", "gpu_has_bfloat16", "inference_dtype", "weights_dtype"]
+__all__ = ["cpu_has_bfloat16", "gpu_has_bfloat16", "inference_dtype", "tower_dtype", "weights_dtype"]

@@ -1,11 +1,12 @@
 """Questions as token ids, as the processor makes them at inference."""
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import datasets
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sigphi.processing.processing_sigphi import SigPhiProcessor
 
@@ -27,6 +28,11 @@ def tokenize_questions(processor: SigPhiProcessor, questions: Sequence[str]) -> 
         return processor.tokenizer(prompt)["input_ids"]
 
     return [ids(question) for question in questions]
+
+
+def context_length(language_config: PreTrainedConfig) -> float:
+    """The most tokens that a language model reads; infinity where its positions have no end, as BLOOM's."""
+    return getattr(language_config, "max_position_embeddings", math.inf)
 
 
 def tokenized_rows(
@@ -63,4 +69,4 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str = "<i
     return tokenizer
 
 
-__all__ = ["prepare_tokenizer", "tokenize_questions", "tokenized_rows"]
+__all__ = ["context_length", "prepare_tokenizer", "tokenize_questions", "tokenized_rows"]

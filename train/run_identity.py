@@ -79,6 +79,8 @@ def _model(model: Any) -> dict[str, Any]:
     shapes = {name: tuple(p.shape) for name, p in parameters.items() if p.requires_grad}
     # The first rows tell two models apart. Quantised ones may come out otherwise on another device.
     frozen = {name: p[:1] for name, p in parameters.items() if not p.requires_grad and p.ndim}
+    # A whitened stem is computed before the checkpoint brings its own, and comes out otherwise on another machine.
+    frozen = {name: rows for name, rows in frozen.items() if not name.startswith("vision_model.embedder.")}
     frozen = {name: rows for name, rows in frozen.items() if rows.is_floating_point()}
     return {
         "config": _without_places(model.config.to_dict()) if isinstance(model, PreTrainedModel) else {},

@@ -37,8 +37,6 @@ from sigphi.train.search_index import (
     stored_pictures,
 )
 
-# Texts of training are cut there, see `--max-text-length` of `sigphi train-siglip`.
-MAX_TEXT_LENGTH = 64
 _CELL, _GAP, _CAPTION = 144, 8, 16
 
 
@@ -98,15 +96,16 @@ def search_text(
 
     Raises:
         UserError: if the encoder cannot be read or is another one than the index was built by, its text tower is not
-            at hand, or the text is empty or longer than [`MAX_TEXT_LENGTH`] tokens.
+            at hand, or the text is empty or longer than those of training (`--max-text-length`).
     """
     if not text.strip():
         raise UserError("the query is empty; say what the pictures should show.")
     model, processor = index_encoder(index.facts, encoder, with_text_tower=True)
     texts = [template.replace("{}", text) for template in templates]
+    longest = processor.tokenizer.model_max_length
     length = max(map(len, processor.tokenizer(texts)["input_ids"]))
-    if length > MAX_TEXT_LENGTH:
-        raise UserError(f"the query has {length} tokens, the encoder reads {MAX_TEXT_LENGTH}; shorten it.")
+    if length > longest:
+        raise UserError(f"the query has {length} tokens, the encoder reads {longest}; shorten it.")
     embeds = embed_texts(model, processor, texts, batch_size=len(texts))  # (templates, dim)
     query = F.normalize(embeds.mean(0), dim=-1).numpy()  # (dim,)
     scale, bias = model.logit_scale.float().exp().item(), model.logit_bias.float().item()

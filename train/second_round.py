@@ -5,6 +5,7 @@ layers on the language model inside, or are trained in full, and keep their proj
 """
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -22,10 +23,14 @@ from sigphi.modeling.modeling_sigphi import (
 from sigphi.train.arguments import VlmModelArguments
 from sigphi.train.checkpoints import read_config
 from sigphi.train.errors import UserError
+from sigphi.train.precision import tower_dtype
 from sigphi.train.qlora import only_trains, train_language_model
 
+logger = logging.getLogger(__name__)
+
 # Options that an adapter form has decided, and what PEFT calls them.
-_LORA_FIELDS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+_LORA_FIELDS = {name: name.removeprefix("lora_") for name in ("lora_r", "use_rslora", "use_dora")}
+_LORA_FIELDS |= {name: name for name in ("lora_alpha", "lora_dropout")}
 
 
 def settle(arguments: VlmModelArguments) -> VlmModelArguments:
@@ -39,6 +44,7 @@ def settle(arguments: VlmModelArguments) -> VlmModelArguments:
         return arguments
     config = read_config(arguments.vlm_checkpoint, "--vlm-checkpoint", SigPhiConfig.model_type)
     decided: dict[str, Any] = {"num_image_tokens": config.num_image_tokens}
+    _check_decided(arguments, decided)
     if form_of(config) == "adapter":
         decided |= _of_adapter(config, arguments)
     else:
@@ -50,8 +56,21 @@ def settle(arguments: VlmModelArguments) -> VlmModelArguments:
             )
     settled = copy.copy(arguments)
     for name, value in decided.items():
+        if name != "language_model" and value != getattr(settled, name):
+            logger.info("--%s %s, as --vlm-checkpoint has it", name.replace("_", "-"), value)
         setattr(settled, name, value)
     return settled
+
+
+def _check_decided(arguments: VlmModelArguments, decided: dict[str, Any], otherwise: str = "") -> None:
+    """Raise a [`UserError`] if an option, or a recipe, says something else than `--vlm-checkpoint` has decided."""
+    for option, value in decided.items():
+        given, words = getattr(arguments, option), f"--{option.replace('_', '-')}"
+        if given not in (value, getattr(VlmModelArguments, option)):
+            raise UserError(
+                f"{words} {given}: {arguments.vlm_checkpoint} was trained with {value}. "
+                f"Say {words} {value}{otherwise}."
+            )
 
 
 def _of_adapter(config: PreTrainedConfig, arguments: VlmModelArguments) -> dict[str, Any]:
@@ -63,13 +82,7 @@ def _of_adapter(config: PreTrainedConfig, arguments: VlmModelArguments) -> dict[
         )
     lora = LoraConfig(**config.lora)
     decided = {"bits": config.base_bits} | {option: getattr(lora, key) for option, key in _LORA_FIELDS.items()}
-    for option, value in decided.items():
-        given = getattr(arguments, option)
-        if given not in (value, getattr(VlmModelArguments, option)):
-            raise UserError(
-                f"--{option.replace('_', '-')} {given}: {name} was trained with {value}, and the same LoRA layers are "
-                f"trained on. Leave it out, or merge first to begin new ones: sigphi merge {name} NEW-FOLDER"
-            )
+    _check_decided(arguments, decided, f", or begin new LoRA layers on the result of: sigphi merge {name} NEW-FOLDER")
     base, revision = config.base_language_model, config.base_language_model_revision
     read_config(base, f"the base of --vlm-checkpoint {name},", revision=revision)
     return decided | {"language_model": base, "language_model_revision": revision}
@@ -104,6 +117,7 @@ def load_checkpoint(
     if form == "adapter":
         model = SigPhiForConditionalGeneration.from_pretrained(name, dtype=dtype, **options)
         as_stored(model, name)
+        model.model.vision_tower.to(tower_dtype(dtype))
         only_trains(model, "lora")
         return model
     if form == "merged":
@@ -113,7 +127,7 @@ def load_checkpoint(
     vlm = SigPhiForConditionalGeneration.from_pretrained(name, dtype=torch.float32 if full else dtype, **options)
     config = copy.deepcopy(vlm.config)
     vars(config).pop("quantization_config", None)  # recorded as `base_bits`
-    tower, projector = vlm.model.vision_tower.to(dtype), vlm.model.multi_modal_projector
+    tower, projector = vlm.model.vision_tower.to(tower_dtype(dtype)), vlm.model.multi_modal_projector
     # Anew from its parts: the Trainer takes the whole for quantised, which it then refuses to train.
     model = SigPhiForConditionalGeneration.from_parts(config, tower, causal_language_model(vlm))
     model.model.multi_modal_projector = projector

@@ -18,6 +18,7 @@ from transformers.hf_argparser import HfArg
 from sigphi.train.chat import load_vlm
 from sigphi.train.errors import UserError, run_command
 from sigphi.train.parser import parse_arguments
+from sigphi.train.prompts import context_length
 
 API_KEY = "SIGPHI_API_KEY"
 
@@ -133,7 +134,7 @@ def _serve(model_name: str, options: ServeArguments, api_key: str | None, listen
             name,
             generations,
             processor,
-            context_length=model.config.text_config.max_position_embeddings,
+            context_length=context_length(model.config.text_config),
             max_new_tokens=options.max_new_tokens,
             max_body_bytes=options.max_body_mb * 10**6,
             api_key=api_key,

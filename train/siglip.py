@@ -25,7 +25,9 @@ from sigphi.train.arguments import (
     EncoderDataArguments,
     SiglipModelArguments,
     SiglipTrainingArguments,
+    check_duplicates,
     check_evaluation,
+    check_launch,
 )
 from sigphi.train.checkpoints import loading, pinned_revision, read_config, read_encoder
 from sigphi.train.collators import SiglipCollator, preprocess
@@ -33,7 +35,7 @@ from sigphi.train.data import distinct_images
 from sigphi.train.encoder_data import EncoderData, load_encoder_data
 from sigphi.train.encoder_evaluation import class_embeddings, class_texts, embed_images, pool_texts
 from sigphi.train.encoder_options import EncoderEvaluationArguments, sample_images
-from sigphi.train.errors import run_command
+from sigphi.train.errors import UserError, run_command
 from sigphi.train.evaluation import evaluate_folder, evaluate_pairs_folder, results_table
 from sigphi.train.metrics import top1_accuracy
 from sigphi.train.pairs import text_key
@@ -170,16 +172,19 @@ def _vision_config(arguments: SiglipModelArguments) -> SiglipResNetVisionConfig:
 
 
 def encoder_processor(arguments: SiglipModelArguments) -> SiglipResNetProcessor:
-    """The processor of the encoder that the options describe."""
+    """The processor of the encoder that the options describe; its tokenizer knows where texts are cut."""
     if arguments.siglip_checkpoint is not None:
         with loading(f"--siglip-checkpoint {arguments.siglip_checkpoint}: its processor"):
-            return SiglipResNetProcessor.from_pretrained(arguments.siglip_checkpoint)
+            processor = SiglipResNetProcessor.from_pretrained(arguments.siglip_checkpoint)
+        processor.tokenizer.model_max_length = arguments.max_text_length
+        return processor
     with loading(f"--text-model {arguments.text_model}: its tokenizer"):
         revision = arguments.text_model_revision or "main"
         tokenizer = AutoTokenizer.from_pretrained(arguments.text_model, revision=revision, trust_remote_code=False)
     if tokenizer.pad_token is None:
         # The text tower reads the mask, not the id, so that any token may fill the gaps.
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.model_max_length = arguments.max_text_length
     pretrained = arguments.vision_model is not None
     image_processor = SiglipImageProcessor(
         size={"height": arguments.image_size, "width": arguments.image_size},
@@ -210,7 +215,7 @@ def cache_texts(
     """
     spellings = distinct_texts(texts)
     spellings |= {key: text for key, text in distinct_texts(class_texts()).items() if key not in spellings}
-    tokens = token_ids(collator.processor.tokenizer, list(spellings.values()), collator.max_text_length)
+    tokens = token_ids(collator.processor.tokenizer, list(spellings.values()))
     tower = text_tower_of(config, arguments.siglip_checkpoint)
     collator.text_features = cached_text_features(
         tower, config, tokens, arguments.text_tower_dtype, arguments.text_cache_dir, device
@@ -242,12 +247,22 @@ def encoder_collator(
 
 
 def start_text_projection(model: SiglipResNetModel, collator: SiglipCollator, texts: Iterable[str]) -> None:
-    """[`whiten_text_projection`] of a new encoder, by all `texts`, whether they are in a file or not."""
+    """
+    [`whiten_text_projection`] of a new encoder, by all `texts`, whether they are in a file or not.
+
+    Raises:
+        UserError: if all of them are the same text, so that there is nothing to compare.
+    """
     spellings = distinct_texts(texts)
+    if len(spellings) < 2:
+        raise UserError(
+            f"every image has the same text, {' '.join(spellings)[:60]!r}: the loss compares texts, so that two "
+            "different ones are needed."
+        )
     if collator.text_features is not None:
         features = collator.text_features[: len(spellings)]
     else:
-        features = pool_texts(model, collator.processor, list(spellings.values()), max_length=collator.max_text_length)
+        features = pool_texts(model, collator.processor, list(spellings.values()))
     whiten_text_projection(model, features)
 
 
@@ -309,7 +324,9 @@ def main(argv: list[str] | None = None) -> None:
         "sigphi train-siglip",
         recipes=RECIPES,
     )
+    check_launch(arguments)
     check_evaluation(data_arguments, arguments)
+    check_duplicates(data_arguments, arguments)
     check_output_dir(arguments)
     config, processor = encoder_config(model_arguments), encoder_processor(model_arguments)
     adds_tower = model_arguments.caches_texts and _saves_text_tower(model_arguments, config)

@@ -102,8 +102,8 @@ def text_tower_of(config: SiglipResNetConfig, siglip_checkpoint: str | None) -> 
     return TextTower(name, config.text_model_revision)
 
 
-def token_ids(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """What the text tower reads of each text."""
+def token_ids(tokenizer: Any, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+    """What the text tower reads of each text: at most `max_length` tokens, by default the tokenizer's own length."""
     return tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
 
 

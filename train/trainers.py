@@ -14,11 +14,14 @@ import datasets
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy
 
+from sigphi.configuration.hub_code import HubCodeMixin
 from sigphi.hub_card.cards import write_card
 from sigphi.modeling.modeling_siglip_resnet import keep_batch_norm_statistics
 from sigphi.modeling.modeling_sigphi import LORA_FOLDER, LORA_WEIGHTS
@@ -88,6 +91,21 @@ class _ArtifactTrainer(ResumableTrainer):
         ordered = sorted(groups.items(), key=lambda group: -sum(parameter.numel() for parameter in group[1]))
         return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in ordered]
 
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """
+        As the Trainer's, of a model that all processes train.
+
+        Raises:
+            UserError: if each process would train one of its own.
+        """
+        is_shared = self.is_deepspeed_enabled or isinstance(model, DistributedDataParallel | FSDPModule)
+        if self.args.world_size > 1 and not is_shared:
+            raise UserError(
+                f"{self.args.world_size} processes, and nothing shares the gradients of the model among them: each "
+                "would train alone. Launch with a configuration of train/launch/, or torchrun (docs/many_gpus.md)."
+            )
+        return super().training_step(model, *args, **kwargs)
+
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -119,7 +137,7 @@ class _ArtifactTrainer(ResumableTrainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 move_files(folder / ASIDE / "model", folder)
-                write_card(folder)
+                self._write_card(folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -131,12 +149,17 @@ class _ArtifactTrainer(ResumableTrainer):
             (folder / TRAINING_ARGS_NAME).unlink()
             (folder / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
         if self.args.should_save:
-            write_card(folder)
+            self._write_card(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card is rendered from the folder's recorded facts, also before the Trainer pushes."""
         if self.is_world_process_zero():
-            write_card(Path(self.args.output_dir))
+            self._write_card(Path(self.args.output_dir))
+
+    def _write_card(self, folder: Path) -> None:
+        """Our cards tell how to load models of ours; another one, such as transformers' `SiglipModel`, has none."""
+        if isinstance(self.accelerator.unwrap_model(self.model).config, HubCodeMixin):
+            write_card(folder)
 
     def init_hf_repo(self, **kwargs: Any) -> None:
         """As the Trainer's, whose arguments depend on the version; what the Hub refuses is a [`UserError`]."""
@@ -523,9 +546,10 @@ class VlmTrainer(_ArtifactTrainer):
 
     def memory_advice(self, inputs: dict[str, Any]) -> str:
         """What is left behind single rows, or between several processes."""
+        size = "--tokens-per-batch" if self.args.tokens_per_batch > 0 else "--batch-size"
         return (
-            "use a smaller --batch-size with as many more --gradient-accumulation-steps, --gradient-checkpointing "
-            "true, --bits 4, or a smaller --tokens-per-row."
+            f"use a smaller {size} with as many more --gradient-accumulation-steps, --gradient-checkpointing true, "
+            "--bits 4, or a smaller --tokens-per-row."
         )
 
     def learning_rate_of(self, name: str) -> float:

@@ -26,6 +26,7 @@ from sigphi.train.arguments import (
     VlmModelArguments,
     VlmTrainingArguments,
     check_evaluation,
+    check_launch,
 )
 from sigphi.train.attention import choose_attn_implementation
 from sigphi.train.callbacks import LooksAtImageCallback, watched_rows
@@ -39,8 +40,8 @@ from sigphi.train.fingerprints import digest, tensor_parts
 from sigphi.train.images import decode_images
 from sigphi.train.packing import PackingCollator, choose_packing, packed_row_length
 from sigphi.train.parser import parse_arguments
-from sigphi.train.precision import weights_dtype
-from sigphi.train.prompts import prepare_tokenizer, tokenized_rows
+from sigphi.train.precision import tower_dtype, weights_dtype
+from sigphi.train.prompts import context_length, prepare_tokenizer, tokenized_rows
 from sigphi.train.push import check_base, push_run
 from sigphi.train.qlora import build_vlm, load_language_model
 from sigphi.train.records import durable_name, write_training_data
@@ -136,9 +137,7 @@ def _new_model(
     processor: SigPhiProcessor,
     attn_implementation: str,
 ) -> SigPhiForConditionalGeneration:
-    # In float16 a trained ResNet may overflow, and it is small.
-    tower_dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    encoder = read_encoder(model_arguments.siglip_checkpoint, dtype=tower_dtype)
+    encoder = read_encoder(model_arguments.siglip_checkpoint, dtype=tower_dtype(weights_dtype(arguments)))
     language_model = load_language_model(
         model_arguments,
         # Full training needs float32 master weights; the arithmetic is in 16 bits by autocast all the same.
@@ -215,17 +214,11 @@ def image_features(
     )
 
 
-def context_length(language_config: PreTrainedConfig) -> int | None:
-    """The most tokens that a language model reads; `None` where its positions have no end, as BLOOM's."""
-    longest: int | None = getattr(language_config, "max_position_embeddings", None)
-    return longest
-
-
-def check_lengths(rows: list[dict[str, Any]], dataset: datasets.Dataset, longest: int | None, option: str) -> None:
-    """Raise a [`UserError`] naming the first row that is longer than the language model's context, if that ends."""
+def check_lengths(rows: list[dict[str, Any]], dataset: datasets.Dataset, longest: float, option: str) -> None:
+    """Raise a [`UserError`] naming the first row that is longer than the language model's context."""
     for row, question in zip(rows, dataset["question"], strict=True):
         length = len(row["prompt_ids"]) + len(row["answer_ids"])
-        if longest is not None and length > longest:
+        if length > longest:
             raise UserError(
                 f"{option}: the question {question[:60]!r} and its answer have {length} tokens, the language model "
                 f"reads at most {longest}. Shorten or remove the row."
@@ -299,6 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     model_arguments, data_arguments, arguments = parse_arguments(
         [VlmModelArguments, DataArguments, VlmTrainingArguments], argv, "sigphi train-vlm", recipes=RECIPES
     )
+    check_launch(arguments)
     check_evaluation(data_arguments, arguments)
     model_arguments = settle(model_arguments)
     check_output_dir(arguments)
