@@ -6,8 +6,8 @@
 
 Several processes share the batch of the recipe. A folder that holds a trained encoder is not trained again, and what
 was evaluated on the test images is not evaluated again. `train_seconds` are the Trainer's own, with its evaluations,
-without loading; `command_seconds` are those of the whole command. The share of the peak compares the operations of all
-steps with those that the device does in the same time multiplying matrices in the precision of the training.
+without loading; `command_seconds` are those of the whole command. On a GPU the share of the peak compares the
+operations of all steps with those that it does in the same time multiplying matrices in the precision of the training.
 
 Further options go to `sigphi train-siglip`, for a trial; `--result` then names another file:
 
@@ -17,7 +17,6 @@ Further options go to `sigphi train-siglip`, for a trial; `--result` then names 
 import argparse
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -134,13 +133,10 @@ def facts_of_training(options: argparse.Namespace) -> dict[str, Any]:
     end = next(entry for entry in history if "train_runtime" in entry)
     model, data, training = parsed(training_words(options))
     case = read_siglip_case(model, data, training)
-    if training.device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.processes))  # as many as each process had
     dtype = torch.bfloat16 if training.bf16 else torch.float32
-    peak = measured_speed(training.device, dtype).flops
     flops = case.costs().flops * case.mean_share * end["step"]
     key = "eval_zero_shot_top1"
-    return {
+    facts = {
         "processes": options.processes,
         "batch_size": options.processes * training.per_device_train_batch_size,
         "steps": end["step"],
@@ -149,10 +145,14 @@ def facts_of_training(options: argparse.Namespace) -> dict[str, Any]:
         "command_seconds": read_run(options.output_dir)["command_seconds"],
         "images_per_second": end["train_samples_per_second"],
         "precision": str(dtype).removeprefix("torch."),
-        "matmul_peak_tflops_a_process": peak / 1e12,
-        "share_of_peak": share_of_peak(flops, end["train_runtime"], peak),
+        "tflops_a_process": flops / end["train_runtime"] / 1e12,
         "held_out_zero_shot_top1_by_epoch": [entry[key] for entry in history if key in entry],
     }
+    if training.device.type == "cpu":  # whose convolutions are faster than its matrix products
+        return facts
+    peak = measured_speed(training.device, dtype).flops
+    share = share_of_peak(flops, end["train_runtime"], peak)
+    return facts | {"matmul_peak_tflops_a_process": peak / 1e12, "share_of_peak": share}
 
 
 def main() -> None:
