@@ -1,6 +1,6 @@
 """What answering saves by a shared prefix and what a cache of fixed size costs; writes results/generation_cache.json.
 
-    sigphi data build --split train --output-csv train.csv
+    sigphi data build --images uoft-cs/cifar10 --image-split train --output train.csv
     OMP_NUM_THREADS=1 python benchmarks/generation_cache.py --input-csv train.csv --tokenizer ../shared/models/phi-2
 
 The questions of the first images of the file, about random image features, by a small Phi with random weights that

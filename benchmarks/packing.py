@@ -1,6 +1,6 @@
 """What packing saves: positions, FLOPs and seconds a question, packed and one by one; writes results/packing.json.
 
-    sigphi data build --split train --output-csv train.csv
+    sigphi data build --images uoft-cs/cifar10 --image-split train --output train.csv
     OMP_NUM_THREADS=1 python benchmarks/packing.py --input-csv train.csv --tokenizer ../shared/models/phi-2
 
 Positions are those of the batches that training would see, of one epoch: 50,000 questions with their answers, 16 image
@@ -101,7 +101,11 @@ class Case:
 
 
 def figures(
-    case: Case, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, distinct: int
+    case: Case,
+    rows: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    distinct: int,
+    checkpointing: bool = False,
 ) -> dict[str, Any]:
     """Positions and FLOPs of one setting; a mean batch has the mean number of rows and the mean length."""
     answers = sum(len(row["answer_ids"]) for row in rows) / len(case.batches)
@@ -112,7 +116,7 @@ def figures(
     encoder = SiglipResNetConfig(include_text_tower=False)
     setup = VlmSetup(
         VlmModelArguments(siglip_checkpoint="-", num_image_tokens=IMAGE_TOKENS, bits=16, lora_r=16, lora_dropout=0.0),
-        VlmTrainingArguments(output_dir="-", report_to="none", use_cpu=True, gradient_checkpointing=False),
+        VlmTrainingArguments(output_dir="-", report_to="none", use_cpu=True, gradient_checkpointing=checkpointing),
         encoder,
         PhiConfig(
             vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32
