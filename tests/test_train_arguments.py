@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from sigphi.train.base_lm import BaseModelArguments, BaseTrainingArguments
 from sigphi.train.errors import UserError
 from sigphi.train.parser import parse_arguments
 from sigphi.train.precision import weights_dtype
+from sigphi.train.replay_file import recorded_options
 
 SIGLIP = [SiglipModelArguments, EncoderDataArguments, SiglipTrainingArguments]
 VLM = [VlmModelArguments, DataArguments, VlmTrainingArguments]
@@ -253,6 +255,23 @@ def test_a_gpu_without_bfloat16_is_told_what_it_can_do(gpu_without_bfloat16, tmp
     given = arguments_class(**options, bf16=False, fp16=True)
     assert not given.has_bfloat16 and weights_dtype(given) == torch.float16
     assert weights_dtype(arguments_class(**options, bf16=False)) == torch.float32
+
+
+def test_options_are_recorded_on_a_gpu_without_bfloat16(gpu_without_bfloat16, tmp_path):
+    given = VlmTrainingArguments(output_dir=str(tmp_path), report_to=[], bf16=False, fp16=True)
+    recorded = recorded_options(given)
+    assert (recorded["bf16"], recorded["fp16"]) == (False, True)
+    assert VlmTrainingArguments(**recorded).to_dict() == given.to_dict()
+
+
+@pytest.mark.parametrize("arguments_class", [SiglipTrainingArguments, VlmTrainingArguments])
+def test_options_are_rebuilt_from_what_is_recorded(arguments_class, tmp_path):
+    options = {"bf16": False, "gradient_checkpointing": False, "optim": "sgd", "optim_args": "momentum=0.5"}
+    options |= {"lr_scheduler_kwargs": {"num_cycles": 2}, "save_strategy": "steps", "save_steps": 7}
+    given = arguments_class(output_dir=str(tmp_path), report_to="none", use_cpu=True, hub_token="hf_x", **options)
+    recorded = json.loads(json.dumps(recorded_options(given)))
+    assert recorded["save_steps"] == 7 and "hub_token" not in recorded and "adam_beta1" not in recorded
+    assert arguments_class(**recorded).to_dict() == given.to_dict()
 
 
 def test_float16_needs_a_gpu_and_takes_the_place_of_bfloat16(tmp_path, monkeypatch):

@@ -138,16 +138,21 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def recorded_options(options: Any) -> dict[str, Any]:
     """
     The fields of a dataclass of options, as JSON can hold them; of the many of
-    [`~transformers.TrainingArguments`] those that have not their default, and no token.
+    [`~transformers.TrainingArguments`] those whose value is not the default of their field, and no token.
 
     Args:
         options: an instance.
     """
     if not isinstance(options, TrainingArguments):
         return dataclasses.asdict(options)
-    given, default = options.to_dict(), type(options)().to_dict()
-    names = [one.name for one in dataclasses.fields(options) if one.init and not one.name.endswith("_token")]
-    return {name: given[name] for name in names if given[name] != default[name]}
+    given = options.to_dict()
+    # By their fields: an instance with all defaults is refused on a GPU without bfloat16.
+    fields = [field for field in dataclasses.fields(options) if field.init and not field.name.endswith("_token")]
+    return {field.name: given[field.name] for field in fields if given[field.name] != _default_of(field)}
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 __all__ = ["FOLDER", "Replay", "read_replay", "recorded_options", "replay_path", "weights_of", "write_replay"]
