@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import TOY_IMAGES
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from toy_runs import make_toy, write_parts
 from transformers import TrainerCallback
 
@@ -18,7 +19,7 @@ from sigphi.train.errors import UserError
 from sigphi.train.feature_cache import cached_features
 from sigphi.train.nonfinite import NonFiniteError, all_finite
 from sigphi.train.replay import replay_step
-from sigphi.train.replay_file import FOLDER, read_replay
+from sigphi.train.replay_file import FOLDER, Replay, read_replay, write_replay
 from sigphi.train.resumable import ResumableTrainer
 
 BROKEN = 33  # the row whose image is no number
@@ -245,6 +246,25 @@ def test_a_nan_in_cached_features_stops_both_commands_and_is_replayed(argv, tmp_
         printed = capsys.readouterr().out
         assert "the same, bit for bit" in printed and "rows of the training data: " in printed
         assert "likely cause: `" in printed
+    check_another_outcome(path, capsys)
+
+
+def check_another_outcome(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A step of the VLM that comes out otherwise than its file says ends with exit code 1."""
+    replay = read_replay(path)
+    replay.finding.losses[0].fill_(1.0)
+    assert "not the same, bit for bit" in replayed_otherwise(path, replay, capsys)
+    for batch in replay.step.batches:
+        batch["image_features"].nan_to_num_()
+    assert "replayed: all numbers are numbers" in replayed_otherwise(path, replay, capsys)
+
+
+def replayed_otherwise(path: Path, replay: Replay, capsys: pytest.CaptureFixture[str]) -> str:
+    write_replay(path, replay)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["replay", str(path)])
+    assert stop.value.code == 1
+    return capsys.readouterr().out
 
 
 def broken(*arguments: Any) -> torch.Tensor:
@@ -273,6 +293,28 @@ def test_what_cannot_be_replayed_is_said(make, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(["replay", str(path)])
     assert "is of a run of 1 processes, and 2 replay it" in capsys.readouterr().err
+
+
+def test_a_file_that_lacks_something_is_no_replay_file(make, tmp_path):
+    trainer = make()
+    plant(trainer)
+    stopped(trainer)
+    path, other = kept(trainer), tmp_path / "other.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["sigphi_replay"])
+    lacking = [{name: value for name, value in about.items() if name != absent} for absent in about]
+    for some in (*lacking, {"format": 1}, about | {"plain": 3}, about | {"plain": []}, [], None, 1):
+        save_file(tensors, other, metadata={"sigphi_replay": json.dumps(some)})
+        with pytest.raises(UserError, match="other.safetensors is no replay file"):
+            read_replay(other)
+    del tensors["grad_norm"]
+    save_file(tensors, other, metadata={"sigphi_replay": json.dumps(about)})
+    with pytest.raises(UserError, match="other.safetensors is no replay file"):
+        read_replay(other)
+    save_file(tensors, other, metadata={"sigphi_replay": json.dumps(about | {"format": 2})})
+    with pytest.raises(UserError, match="other.safetensors was written by another version"):
+        read_replay(other)
 
 
 def test_a_replay_file_holds_no_pickle_and_no_secret(make):

@@ -88,17 +88,29 @@ def read_replay(path: Path) -> Replay:
         UserError: if the file is none of these.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["sigphi_replay"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        version = about["format"]
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        about, tensors = _read(path)
+        if about["format"] == _FORMAT:
+            return _replay_of(about, tensors)
+    # Whatever a file may hold that something else has written.
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is no replay file. A training that a NaN stops writes one, {FOLDER}/step-N.safetensors in its "
             f"--output-dir."
         ) from error
-    if version != _FORMAT:
-        raise UserError(f"{path} was written by another version of sigphi: replay it with that one.")
+    raise UserError(f"{path} was written by another version of sigphi: replay it with that one.")
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        about = json.loads((file.metadata() or {})["sigphi_replay"])
+        return about, {name: file.get_tensor(name) for name in file.keys()}
+
+
+def _replay_of(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Replay:
+    """What a file holds, as a [`Replay`]; raises one of several errors if it is of another form."""
+    absent = sorted({"epoch", "world_size", "rank", "rows", "contents", "options"} - about.keys())
+    if absent:
+        raise KeyError(absent[0])
     losses = _under(tensors, "losses")
     finding = Finding(
         about["step"],
