@@ -323,6 +323,51 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(stage, number, step, ends_b
     assert unequal(end_of(whole[stage]), end_of(tmp_path)) == []
 
 
+WORSE = {"metric_for_best_model": "loss", "greater_is_better": True}  # with each evaluation
+
+
+@pytest.mark.parametrize(
+    ("options", "step"),
+    [
+        ({"save_strategy": "no"}, 3),
+        ({"save_strategy": "no"}, 4),  # the last step of an epoch
+        ({"save_only_model": True}, 3),
+        ({"save_strategy": "best", **WORSE}, 8),
+        ({"save_strategy": "epoch", "save_total_limit": 1, "load_best_model_at_end": True, **WORSE}, 5),
+    ],
+)
+def test_whatever_is_saved_else_a_stopped_run_leaves_what_it_goes_on_from(
+    options, step, whole, parts, tmp_path, capfd
+):
+    trainer = make_toy("vlm", parts, tmp_path, **options)
+    trainer.add_callback(SendSignal(signal.SIGTERM, step))
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert f"saved in {tmp_path}/checkpoint-{step}; go on with --resume" in capfd.readouterr().err
+    assert checkpoints(tmp_path)[-1].name == f"checkpoint-{step}"
+    assert trainer.args.save_only_model == options.get("save_only_model", False)
+    if "metric_for_best_model" in options:  # the best one is another, and stays too
+        assert checkpoints(tmp_path)[0].name == "checkpoint-4"
+    train_toy("vlm", parts, tmp_path, resume="newest")
+    assert unequal(end_of(whole["vlm"]), end_of(tmp_path)) == []
+
+
+def test_a_signal_while_the_model_alone_is_saved_is_answered_by_a_whole_checkpoint(parts, tmp_path):
+    trainer = make_toy("vlm", parts, tmp_path, save_only_model=True)
+    save = trainer._save_checkpoint
+
+    def interrupted(*arguments: Any) -> None:
+        save(*arguments)
+        if trainer.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer._save_checkpoint = interrupted  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert [fault_of(path) is None for path in checkpoints(tmp_path)] == [False, True]
+    assert checkpoints(tmp_path)[-1].name == "checkpoint-3"
+
+
 # Several processes ---------------------------------------------------------------------------------------------------
 
 

@@ -105,8 +105,8 @@ class ResumableTrainer(Trainer):
             ) from error
 
     def _choose_checkpoint(self, output_dir: Path, asked: str | bool | None) -> str | None:
-        if asked or self.args.save_strategy != "no":
-            self._run = describe_run(self)
+        # Whatever the strategy of saving: a run that is stopped leaves a checkpoint.
+        self._run = describe_run(self)
         if not asked:
             check_no_checkpoints(output_dir)
             return None
@@ -180,11 +180,13 @@ class ResumableTrainer(Trainer):
 
     @contextlib.contextmanager
     def _writing_aside(self) -> Iterator[None]:
-        self._is_saving = True
+        self._is_saving, only_model = True, self.args.save_only_model
+        # What a stop leaves is to be gone on from.
+        self.args.save_only_model = only_model and not self.stopping.is_stopping
         try:
             yield
         finally:
-            self._is_saving = False
+            self._is_saving, self.args.save_only_model = False, only_model
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -194,6 +196,16 @@ class ResumableTrainer(Trainer):
         """As the Trainer's, but not before the checkpoint is whole."""
         if not self._is_saving:
             super()._push_from_checkpoint(checkpoint_folder)
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """As the Trainer's; a run that is stopped is saved by --save-strategy best whatever its score."""
+        return super()._determine_best_metric(*args, **kwargs) or self.stopping.is_stopping
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, which behind a stop would load the best checkpoint and may remove the last one."""
+        if self.stopping.is_stopping:
+            self.state.best_model_checkpoint = None
+        return super()._finalize_training(*args, **kwargs)
 
     # Numbers that are none -------------------------------------------------------------------------------------------
 

@@ -89,7 +89,9 @@ class StopOnSignal(TrainerCallback):
             control.should_save = self._saved_step != state.global_step
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A signal that came while the checkpoint was written needs no other one."""
+        """A signal that came while a checkpoint was written needs no other one, unless that is of the model alone."""
+        if args.save_only_model and not self.is_stopping:
+            return
         self._saved_step = state.global_step
         self.is_stopping = self.is_stopping or self._is_asked()
         control.should_training_stop |= self.is_stopping
