@@ -25,6 +25,7 @@ from sigphi.train.arguments import (
     StageArguments,
     VlmModelArguments,
     VlmTrainingArguments,
+    check_best_metric,
     check_duplicates,
     check_launch,
 )
@@ -280,6 +281,24 @@ def test_float16_needs_a_gpu_and_takes_the_place_of_bfloat16(tmp_path, monkeypat
         VlmTrainingArguments(**options)
     with pytest.raises(UserError, match="--fp16 needs a GPU"):
         VlmTrainingArguments(**options, bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric_for_best_model": "nope"}, "--metric-for-best-model nope: evaluations .* give loss, gain. Name one"),
+        ({"metric_for_best_model": "eval_nope"}, "--metric-for-best-model eval_nope: "),
+        ({"save_strategy": "best"}, "--save-strategy best needs --metric-for-best-model: .* give loss, gain"),
+    ],
+)
+def test_a_metric_that_no_evaluation_gives_is_named(options, message, tmp_path):
+    given = {"output_dir": str(tmp_path), "report_to": "none"}
+    with pytest.raises(UserError, match=message):
+        check_best_metric(VlmTrainingArguments(**given, **options), ["loss", "gain"])
+    named = [{"metric_for_best_model": name} for name in ("eval_gain", "gain")]
+    for fine in ({"load_best_model_at_end": True}, *named):
+        check_best_metric(VlmTrainingArguments(**given, **fine), ["loss", "gain"])
+    check_best_metric(VlmTrainingArguments(**given, metric_for_best_model="nope", eval_strategy="no"), ["loss"])
 
 
 @pytest.mark.parametrize("trackers", ["no_such_tracker", ["tensorboard", "no_such_tracker"]])

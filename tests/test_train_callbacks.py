@@ -18,7 +18,7 @@ from transformers import TrainerControl, TrainerState
 from sigphi import VlmTrainingArguments
 from sigphi.train import vlm
 from sigphi.train.answer_scores import MIN_IMAGE_GAIN, judged_rows
-from sigphi.train.callbacks import LooksAtImageCallback, watched_rows
+from sigphi.train.callbacks import LooksAtImageCallback, watched_figures, watched_rows
 from sigphi.train.collators import VlmCollator
 from sigphi.train.data import distinct_images
 from sigphi.train.errors import UserError
@@ -220,8 +220,18 @@ def test_the_figures_are_among_the_metrics_of_an_evaluation(make_trainer, tiny_v
     trainer = make_trainer(tiny_vlm)
     watch(trainer, tiny_vlm_processor, toy_dataset)
     metrics = trainer.evaluate()
-    assert {"eval_loss", "eval_image_gain", "eval_class_accuracy"} <= metrics.keys()
+    assert {f"eval_{name}" for name in vlm.FIGURES} <= metrics.keys()
     assert trainer.state.log_history[-1]["eval_image_gain"] == metrics["eval_image_gain"]
+
+
+def test_what_is_measured_is_known_before(make_trainer, tiny_vlm, tiny_vlm_processor, toy_dataset, monkeypatch):
+    assert vlm.FIGURES == ("loss", *watched_figures(toy_dataset))
+    others = [row for row, kind in enumerate(toy_dataset["question_type"]) if kind == "category"]
+    trainer = make_trainer(tiny_vlm)
+    for dataset in (toy_dataset, toy_dataset.select(others)):
+        looks = LooksAtImageCallback(trainer, tiny_vlm_processor, dataset)
+        monkeypatch.setattr(looks, "_answers", lambda looks=looks: ["?"] * 2 * len(looks.rows))
+        assert [f"eval_{name}" for name in watched_figures(dataset)] == list(looks.measure())
 
 
 def test_the_gain_is_that_of_the_answers(make_trainer, tiny_vlm, tiny_vlm_processor, toy_dataset, monkeypatch):

@@ -189,6 +189,9 @@ def test_the_encoder_is_evaluated_during_training(encoder_run):
     logged = [entry for entry in encoder_run.trainer.state.log_history if "eval_zero_shot_top1" in entry]
     assert len(logged) == 2
     assert all(0 <= entry["eval_zero_shot_top1"] <= 1 for entry in logged)
+    names = {name for entry in encoder_run.trainer.state.log_history for name in entry if name.startswith("eval_")}
+    speeds = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    assert names - speeds == {f"eval_{name}" for name in siglip.FIGURES}
 
 
 def test_checkpoints_of_the_vlm_are_in_adapter_form_and_load(vlm_run, toy_base):

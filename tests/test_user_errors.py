@@ -215,6 +215,24 @@ for command in (TRAIN_ENCODER, TRAIN_VLM):
             ["{none}", "synthetic"],
         ),
     }
+    MISTAKES |= {
+        f"options of no optimizer, {stage}": (
+            f"{command} {DATA} --input-csv {{good.csv}} --optim-args abc",
+            ["--optim-args abc", "name=value"],
+        ),
+        f"options of no schedule, {stage}": (
+            f'{command} {DATA} --input-csv {{good.csv}} --lr-scheduler-kwargs {{"nope":1}}',
+            ['--lr-scheduler-type cosine --lr-scheduler-kwargs {"nope": 1}', "'nope'", "Give other"],
+        ),
+        f"no such metric, {stage}": (
+            f"{command} --images {TOY_IMAGES} --input-csv {{good.csv}} --metric-for-best-model nope",
+            ["--metric-for-best-model nope", "give loss, ", "Name one of them."],
+        ),
+        f"no metric, {stage}": (
+            f"{command} --images {TOY_IMAGES} --input-csv {{good.csv}} --save-strategy best",
+            ["--save-strategy best needs --metric-for-best-model", "give loss, "],
+        ),
+    }
 for option, kind in (("vlm", "'sigphi'"), ("base", "'phi'")):
     MISTAKES |= {
         f"{option} as encoder, {start.split()[0]}": (

@@ -664,6 +664,22 @@ def check_duplicates(data: EncoderDataArguments, training: SiglipTrainingArgumen
         )
 
 
+def check_best_metric(training: TrainingArguments, figures: Sequence[str]) -> None:
+    """
+    Raise a [`UserError`] if `metric_for_best_model` is none of the figures of an evaluation, or is missing.
+
+    Args:
+        training (`TrainingArguments`): the options.
+        figures (`Sequence[str]`): what evaluations during training give, without prefix.
+    """
+    name = training.metric_for_best_model
+    given = f"evaluations of this training give {', '.join(figures)}. Name one of them."
+    if name is None and training.save_strategy == "best":
+        raise UserError(f"--save-strategy best needs --metric-for-best-model: {given}")
+    if name is not None and training.eval_strategy != "no" and name.removeprefix("eval_") not in figures:
+        raise UserError(f"--metric-for-best-model {name}: {given}")
+
+
 def check_launch(arguments: TrainingArguments) -> None:
     """
     Refuse set-ups in which several processes or devices would train something else than one model on one batch.
@@ -699,6 +715,7 @@ __all__ = [
     "VlmModelArguments",
     "VlmTrainingArguments",
     "at_least",
+    "check_best_metric",
     "check_evaluation",
     "check_launch",
     "one_of",

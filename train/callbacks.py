@@ -159,4 +159,10 @@ def watched_rows(dataset: datasets.Dataset, count: int, seed: int) -> datasets.D
     return watched if can_swap else dataset.select([])
 
 
-__all__ = ["LooksAtImageCallback", "watched_rows"]
+def watched_figures(dataset: datasets.Dataset) -> list[str]:
+    """What [`LooksAtImageCallback`] logs of questions that it asks, without prefix."""
+    asks_object = any(row.asks_object for row in judged_rows(dataset))
+    return ["image_gain", "class_accuracy"] if asks_object else ["image_gain"]
+
+
+__all__ = ["LooksAtImageCallback", "watched_figures", "watched_rows"]

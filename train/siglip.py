@@ -25,6 +25,7 @@ from sigphi.train.arguments import (
     EncoderDataArguments,
     SiglipModelArguments,
     SiglipTrainingArguments,
+    check_best_metric,
     check_duplicates,
     check_evaluation,
     check_launch,
@@ -38,6 +39,7 @@ from sigphi.train.encoder_options import EncoderEvaluationArguments, sample_imag
 from sigphi.train.errors import UserError, run_command
 from sigphi.train.evaluation import evaluate_folder, evaluate_pairs_folder, results_table
 from sigphi.train.metrics import top1_accuracy
+from sigphi.train.optimization import check_optimization
 from sigphi.train.pairs import text_key
 from sigphi.train.parser import parse_arguments
 from sigphi.train.push import SourceArguments, check_sources, push_run
@@ -59,6 +61,9 @@ RECIPES = tuple(
     Path(__file__).parent / "recipes" / f"{name}.yaml"
     for name in ("cpu-small", "resnet50-32", "resnet50-224-pretrained")
 )
+
+# Of an evaluation during training; the last one where the images have labels.
+FIGURES = ("loss", "zero_shot_top1")
 
 
 def build_encoder(
@@ -327,6 +332,8 @@ def main(argv: list[str] | None = None) -> None:
     check_launch(arguments)
     check_evaluation(data_arguments, arguments)
     check_duplicates(data_arguments, arguments)
+    check_best_metric(arguments, FIGURES)
+    check_optimization(arguments)
     check_output_dir(arguments)
     config, processor = encoder_config(model_arguments), encoder_processor(model_arguments)
     adds_tower = model_arguments.caches_texts and _saves_text_tower(model_arguments, config)
@@ -334,6 +341,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.push_to_hub and not _saves_text_tower(model_arguments, config):
         check_sources(config, SourceArguments(), "--push-to-hub")
     data = load_encoder_data(data_arguments, processor.image_processor)
+    eval_rows = data.rows.get("eval")
+    has_labels = eval_rows is not None and "label" in eval_rows.column_names
+    check_best_metric(arguments, FIGURES if has_labels else FIGURES[:1])
     # The other processes wait, and then read the file that the first one has written.
     with arguments.main_process_first(desc="features of the texts"):
         collator = encoder_collator(data, config, processor, model_arguments, arguments.device)
@@ -343,8 +353,7 @@ def main(argv: list[str] | None = None) -> None:
         start_text_projection(model, collator, data.texts())
     if model_arguments.whiten_stem:
         start_stem(model, collator, data.rows["train"]["image_index"])
-    eval_rows, batch_size = data.rows.get("eval"), arguments.per_device_eval_batch_size
-    has_labels = eval_rows is not None and "label" in eval_rows.column_names
+    batch_size = arguments.per_device_eval_batch_size
     trainer = SiglipTrainer(
         model=model,
         args=arguments,

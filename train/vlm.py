@@ -25,11 +25,12 @@ from sigphi.train.arguments import (
     DataArguments,
     VlmModelArguments,
     VlmTrainingArguments,
+    check_best_metric,
     check_evaluation,
     check_launch,
 )
 from sigphi.train.attention import choose_attn_implementation
-from sigphi.train.callbacks import LooksAtImageCallback, watched_rows
+from sigphi.train.callbacks import LooksAtImageCallback, watched_figures, watched_rows
 from sigphi.train.checkpoints import loading, pinned_revision, read_config, read_encoder
 from sigphi.train.collators import VlmCollator
 from sigphi.train.data import distinct_images, load_data
@@ -38,6 +39,7 @@ from sigphi.train.evaluation import evaluate_folder, only_unseen, results_table
 from sigphi.train.feature_cache import cached_features, check_folder
 from sigphi.train.fingerprints import digest, tensor_parts
 from sigphi.train.images import decode_images
+from sigphi.train.optimization import check_optimization
 from sigphi.train.packing import PackingCollator, choose_packing, packed_row_length
 from sigphi.train.parser import parse_arguments
 from sigphi.train.precision import tower_dtype, weights_dtype
@@ -58,6 +60,9 @@ logger = logging.getLogger(__name__)
 RECIPES = tuple(
     Path(__file__).parent / "recipes" / f"{name}.yaml" for name in ("vlm-6gb", "vlm-12gb", "vlm-24gb", "h200")
 )
+
+# Of an evaluation during training; the last two where held-out questions are watched.
+FIGURES = ("loss", "image_gain", "class_accuracy")
 
 
 def check_models(arguments: VlmModelArguments) -> PreTrainedConfig:
@@ -294,6 +299,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     check_launch(arguments)
     check_evaluation(data_arguments, arguments)
+    check_best_metric(arguments, FIGURES)
+    check_optimization(arguments)
     model_arguments = settle(model_arguments)
     check_output_dir(arguments)
     language_config = check_models(model_arguments)
@@ -304,6 +311,7 @@ def main(argv: list[str] | None = None) -> None:
     if "eval" in data:
         data["eval"] = only_unseen(data["eval"], model_arguments.starts_from)
     watched = choose_watched(data, data_arguments.split_seed, arguments)
+    check_best_metric(arguments, ["loss"] if watched is None else ["loss", *watched_figures(watched)])
     everything = datasets.concatenate_datasets(list(data.values()))
     images, positions = distinct_images(everything)
     pixels = decode_images(images, range(len(images)))
