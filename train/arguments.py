@@ -716,6 +716,7 @@ __all__ = [
     "VlmTrainingArguments",
     "at_least",
     "check_best_metric",
+    "check_duplicates",
     "check_evaluation",
     "check_launch",
     "one_of",
