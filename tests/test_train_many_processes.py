@@ -259,7 +259,8 @@ def test_what_two_processes_leave_is_what_one_leaves(way, alone, job, run_strang
         assert own.keys() == others.keys()
         for key, tensor in own.items():
             assert others[key].shape == tensor.shape and others[key].dtype == tensor.dtype, key
-            assert (others[key] - tensor).norm() <= 1e-4 * tensor.norm() + 1e-5, (name, key)
+            own_values, values = tensor.double(), others[key].double()  # BatchNorm counts its batches in whole numbers
+            assert (values - own_values).norm() <= 1e-4 * own_values.norm() + 1e-5, (name, key)
     code = f"""
 from transformers import AutoModel
 model = AutoModel.from_pretrained({str(job[1] / "`train-siglip`")!r}, trust_remote_code=True)
