@@ -83,6 +83,15 @@ def test_a_folder_of_pictures_with_metadata_is_read(tmp_path):
     assert sorted(loaded["texts"][:]) == [[f"picture {number}"] for number in range(3)]
 
 
+@pytest.mark.parametrize("head", ["a: [", "configs: [3]"])
+def test_a_broken_card_is_named(tmp_path, head):
+    picture(1).save(tmp_path / "1.png")
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
+    with pytest.raises(UserError, match=f"--dataset {tmp_path}: it cannot be loaded .*README.md") as error:
+        load_image_texts(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
 def test_a_zipped_folder_of_pictures_is_read(tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()

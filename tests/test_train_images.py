@@ -52,6 +52,19 @@ def test_a_folder_of_parquet_files_is_read_in_order(tmp_path: Path) -> None:
     assert same_pictures(loaded, images)
 
 
+# YAML that is broken, and YAML that says something else than a card does.
+CARDS = ["a: [", "a: \x00", "configs: [3]", "dataset_info: [1]", "configs: [{config_name: a, features: 3}]"]
+
+
+@pytest.mark.parametrize("head", CARDS)
+def test_a_broken_card_is_named(head: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set", synthetic_images("train", 12))
+    (tmp_path / "set" / "README.md").write_text(f"---\n{head}\n---\n")
+    with pytest.raises(UserError, match=f"images '{folder}': .*cannot read this folder .*README.md") as error:
+        load_images(folder, "train")
+    assert "\n" not in str(error.value)
+
+
 def test_the_column_image_and_bare_class_indices_are_taken(tmp_path: Path) -> None:
     images = synthetic_images("train", 12)
     plain = images.cast_column("label", datasets.Value("int64")).rename_column("img", "image")

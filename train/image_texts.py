@@ -10,13 +10,14 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets.exceptions import DatasetNotFoundError
 from tqdm.auto import tqdm
 
 from sigphi.train.collators import resize
 from sigphi.train.data import held_out
 from sigphi.train.errors import UserError
 from sigphi.train.fingerprints import digest
+from sigphi.train.images import LOADING_ERRORS, why_not_loaded
 from sigphi.train.pictures import PictureError, decode_picture, encoded_bytes
 
 logger = logging.getLogger(__name__)
@@ -86,9 +87,8 @@ def read_set(source: str, config: str | None = None, split: str = "train") -> da
         raise UserError(
             f"--dataset {source}: there is no such folder, and no set of this id on the Hub that you can read."
         ) from error
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise UserError(f"--dataset {source}: it cannot be loaded ({reason}).") from error
+    except LOADING_ERRORS as error:
+        raise UserError(f"--dataset {source}: it cannot be loaded ({why_not_loaded(error)}).") from error
     if split not in splits:
         raise UserError(f"--dataset {source} has no split {split!r}; give --dataset-split one of {', '.join(splits)}.")
     return splits[split]

@@ -8,15 +8,20 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import torch
+import yaml
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-from sigphi.train.errors import UserError
+from sigphi.train.errors import UserError, printable
 from sigphi.train.facts import CLASS_NAMES
 from sigphi.train.pictures import PictureError, decode_picture, encoded_bytes
 from sigphi.train.synthetic import IMAGE_FEATURES, synthetic_images
 
 _SYNTHETIC_SIZES = {"train": 4000, "test": 1000}
 _TORCHVISION_FOLDER = "cifar-10-batches-py"
+# What `datasets` raises for a set whose card has values of other types than it should.
+_TYPE_ERRORS = (TypeError, AttributeError, KeyError)
+# What it raises for a set that it cannot load.
+LOADING_ERRORS = (OSError, ValueError, DatasetsError, yaml.YAMLError, *_TYPE_ERRORS)
 
 
 def load_images(source: str, split: str) -> datasets.Dataset:
@@ -90,9 +95,9 @@ def _load_torchvision(source: str, split: str) -> datasets.Dataset:
 def _load_folder(source: str) -> datasets.DatasetDict:
     try:
         return datasets.load_dataset(source)
-    except (OSError, ValueError, DatasetsError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(
-            f"images {source!r}: `datasets.load_dataset` cannot read this folder ({_first_line(error)}); "
+            f"images {source!r}: `datasets.load_dataset` cannot read this folder ({why_not_loaded(error)}); "
             f"give one with parquet files in the schema of uoft-cs/cifar10, or one with {_TORCHVISION_FOLDER}."
         ) from error
 
@@ -114,11 +119,16 @@ def _load_from_hub(source: str) -> datasets.DatasetDict:
             f"images {source!r}: there is no such folder, and the Hub cannot be reached; "
             "give a local folder with the images, or 'synthetic'."
         ) from error
-    except (OSError, ValueError, DatasetsError) as error:
-        raise UserError(f"images {source!r}: this set cannot be loaded ({_first_line(error)}).") from error
+    except LOADING_ERRORS as error:
+        raise UserError(f"images {source!r}: this set cannot be loaded ({why_not_loaded(error)}).") from error
 
 
-def _first_line(error: Exception) -> str:
+def why_not_loaded(error: Exception) -> str:
+    """The reason in one of `LOADING_ERRORS`, on one line."""
+    if isinstance(error, yaml.YAMLError):
+        return f"the YAML at the head of its README.md is broken: {printable(str(error))[:200].rstrip('.')}"
+    if isinstance(error, _TYPE_ERRORS):
+        return f"does the head of its README.md hold what it should? {type(error).__name__}: {error}"
     return str(error).strip().split("\n")[0].rstrip(".")
 
 
@@ -152,8 +162,9 @@ def _with_class_names(images: datasets.Dataset, place: str) -> datasets.Dataset:
     try:
         return images.cast(IMAGE_FEATURES)
     except (ValueError, TypeError, DatasetsError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(
-            f"images {place}: column label has to hold the class names or indices of CIFAR-10 ({_first_line(error)})."
+            f"images {place}: column label has to hold the class names or indices of CIFAR-10 ({reason})."
         ) from error
 
 
@@ -204,4 +215,4 @@ def _decoded(index: int, cell: dict[str, Any] | None) -> np.ndarray:
         raise UserError(f"image {index} cannot be decoded ({error}); mend or remove it.") from error
 
 
-__all__ = ["decode_images", "load_images"]
+__all__ = ["LOADING_ERRORS", "decode_images", "load_images", "why_not_loaded"]
