@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,31 @@ def tower_folder(tiny_encoder: SiglipResNetModel, tmp_path: Path) -> Path:
     tiny_encoder.text_model.language_model.save_pretrained(tmp_path / "tower")
     tiny_encoder.config.text_model_name_or_path = str(tmp_path / "tower")
     return tmp_path / "tower"
+
+
+class Marking:
+    """As a pickle, it makes a file when it is read as any pickle is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_tower_in_a_pickle_is_read_and_nothing_in_it_runs(tower_folder, tmp_path):
+    expected = TextTower(str(tower_folder)).load().state_dict()
+    weights = load_file(tower_folder / "model.safetensors")
+    (tower_folder / "model.safetensors").unlink()
+    torch.save(weights, tower_folder / "pytorch_model.bin")
+    found = TextTower(str(tower_folder)).load().state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    torch.save(weights | {"more": Marking(tmp_path / "run")}, tower_folder / "pytorch_model.bin")
+    with pytest.raises(pickle.UnpicklingError, match="[Ww]eights.?only"):
+        TextTower(str(tower_folder)).load()
+    assert not (tmp_path / "run").exists()
+    torch.load(tower_folder / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "run").exists(), "the test would see it"
 
 
 # The same loss -------------------------------------------------------------------------------------------------------
