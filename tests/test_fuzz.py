@@ -65,6 +65,28 @@ def test_the_seeds_themselves_are_sound(kind, fuzz, tmp_path):
     assert all(parsed for _, parsed, _, _ in outcomes)
 
 
+def test_the_fuzz_objects_to_faults_and_to_inputs_that_no_parser_takes(fuzz, tmp_path, monkeypatch, capsys):
+    def result(faults: dict[str, int], *parsed: int) -> dict[str, Any]:
+        tallies = [fuzz.Tally(inputs=10, parsed=number).as_json() for number in parsed]
+        return {"seeds": 1, "seconds": 0.1, "mutations": dict(zip("abc", tallies, strict=False)), "faults": faults}
+
+    assert fuzz.objections("csv", result({}, 3, 10)) == []
+    assert fuzz.objections("csv", result({"hang: x": 2}, 10, 2, 0)) == [
+        "csv: 2 times hang: x",
+        "csv, b: the parser took 20% of the inputs, fewer than 30%",
+        "csv, c: the parser took 0% of the inputs, fewer than 30%",
+    ]
+    options = ["fuzz.py", "--output-dir", str(tmp_path), "--results", str(tmp_path / "fuzz.json")]
+    monkeypatch.setattr(sys, "argv", [*options, "--kinds", "csv", "image"])
+    monkeypatch.setattr(fuzz, "be_quiet", lambda: None)
+    for shares, code in (({"csv": [9], "image": [3]}, 0), ({"csv": [9], "image": [9, 2]}, 1)):
+        monkeypatch.setattr(fuzz, "run_kind", lambda kind, arguments, shares=shares: result({}, *shares[kind]))
+        with pytest.raises(SystemExit) as ended:
+            fuzz.main()
+        assert ended.value.code == code
+    assert "image, b: the parser took 20%" in capsys.readouterr().out
+
+
 # CSV -----------------------------------------------------------------------------------------------------------------
 
 
