@@ -117,6 +117,24 @@ def test_what_is_behind_a_line_that_is_too_long_is_checked(tmp_path):
     assert places["half-empty pair"] == ("line 3 column A1",)
 
 
+# Each piece, over and over, is one row: cells of two lines, and quotes that every line closes and opens.
+@pytest.mark.parametrize("piece", [b'"aa\n",', b'a","\n'])
+@pytest.mark.parametrize("size", [3 * LONGEST_LINE, pytest.param(10**9, marks=pytest.mark.slow)])
+def test_a_row_without_end_is_refused_in_little_memory(piece, size, tmp_path):
+    path = tmp_path / "qa.csv"
+    with path.open("wb") as file:
+        file.write(f"{HEADER}\n0,train,What is it?,A cat.{',' * 8}\n".encode())
+        for _ in range(size // 10_000_000):
+            file.write(piece * (10_000_000 // len(piece)))
+    before = peak()
+    with pytest.raises(UserError, match="line 3: this is not CSV .the row has more than 10,000,000 characters"):
+        read_qa_csv(path, None, NUM_IMAGES)
+    report = check_csv(path)
+    [problem] = [one for one in report.problems if one.kind == "malformed row"]
+    assert problem.places == ("line 3",) and report.num_pairs == 1
+    assert peak() - before < 500_000_000
+
+
 def test_a_million_columns_are_refused(tmp_path):
     path = tmp_path / "qa.csv"
     path.write_text(HEADER + ",x" * 1_000_000 + "\n0,train,What is it?,A cat." + "," * 1_000_008 + "\n")

@@ -9,7 +9,7 @@ from typing import TextIO
 
 import pandas as pd
 
-from sigphi.train.csv_lines import TOO_LONG, next_line
+from sigphi.train.csv_lines import TOO_LONG, RowLines, RowTooLong, next_line
 from sigphi.train.errors import UserError
 
 _ROWS_A_TABLE = 10_000
@@ -77,7 +77,7 @@ def iterate_rows(path: Path, report: Callable[[str, int, str], None]) -> Iterato
     r"""The rows that `csv.reader` can read, the header among them, each with the line it starts on.
 
     Behind a row that is no CSV it goes on with the next line, so that a quote that is opened and not closed costs one
-    row. A byte that is not UTF-8 is written as `\xe9`.
+    row; at one of more than ten million characters it ends. A byte that is not UTF-8 is written as `\xe9`.
 
     Args:
         path (`Path`): the file.
@@ -142,12 +142,18 @@ class _Lines(Iterator[str]):
 
 
 def _rows(lines: _Lines, report: Callable[[str, int, str], None]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    reader = csv.reader(lines, strict=True)
+    of_row = RowLines(lines)
+    reader = csv.reader(of_row, strict=True)
     while True:
         line = lines.mark()
+        of_row.begin_row()
         try:
             row = next(reader)
         except StopIteration:
+            return
+        except RowTooLong as error:
+            # Each of its lines may begin another one, to be read as far again.
+            report("malformed row", line, f"{error}; what follows is not read")
             return
         except csv.Error as error:
             lines.return_to_second_line()

@@ -1,15 +1,13 @@
 """The CSV of questions and answers about CIFAR-10 images: read it and check it."""
 
-import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from sigphi.train.csv_lines import MOST_COLUMNS, bounded_lines
+from sigphi.train.csv_lines import MOST_COLUMNS, bounded_lines, bounded_rows
 from sigphi.train.errors import UserError, printable
 from sigphi.train.judging import check_short_answer
 
@@ -144,20 +142,17 @@ def _read_cells(path: Path, option: str, required: Sequence[str]) -> tuple[list[
     """The header, and for each further row that is not blank the line it starts on and its cells."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            # Not pandas: it neither knows the line of a row behind cells of several lines nor refuses short rows.
-            reader = csv.reader(bounded_lines(file, path), strict=True)
-            header = [name.strip() for name in next(reader, [])]
+            rows = bounded_rows(file, path)
+            header = [name.strip() for name in next(rows, (1, []))[1]]
             if header:
                 # First, since the rows of a file with another separator look broken, too.
                 _check_columns(path, header, required)
-            lines, cells = _read_rows(path, reader, len(header))
+            lines, cells = _read_rows(path, rows, len(header))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; give a CSV file by {option}.") from error
     except UnicodeDecodeError as error:
         line = _first_line_of_no_utf8(path)
         raise UserError(f"{path}, line {line}, is not text in UTF-8; save it as CSV in UTF-8.") from error
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: this is not CSV ({error}).") from error
     if not cells:
         raise UserError(f"{path} is empty; it needs a header and at least one row.")
     return header, lines, cells
@@ -170,10 +165,11 @@ def _first_line_of_no_utf8(path: Path) -> int:
         return next(number for number, line in lines if re.search("[\udc80-\udcff]", line))
 
 
-def _read_rows(path: Path, reader: Any, num_columns: int) -> tuple[list[int], list[list[str]]]:
-    lines, rows = [], []
-    line = reader.line_num + 1
-    for row in reader:
+def _read_rows(
+    path: Path, rows: Iterator[tuple[int, list[str]]], num_columns: int
+) -> tuple[list[int], list[list[str]]]:
+    lines, cells = [], []
+    for line, row in rows:
         if row and len(row) != num_columns:
             raise UserError(
                 f"{path}, line {line}: {len(row)} cells, but the header has {num_columns}; "
@@ -181,9 +177,8 @@ def _read_rows(path: Path, reader: Any, num_columns: int) -> tuple[list[int], li
             )
         if row:
             lines.append(line)
-            rows.append([cell.strip() for cell in row])
-        line = reader.line_num + 1
-    return lines, rows
+            cells.append([cell.strip() for cell in row])
+    return lines, cells
 
 
 def _check_columns(path: Path, header: list[str], required: Sequence[str]) -> None:
