@@ -6,6 +6,7 @@ from string import Template
 from typing import Any
 
 from sigphi.hub_card.card_header import base_models, card_header, eval_results, header_yaml
+from sigphi.hub_card.files import read_record, write_whole
 from sigphi.hub_card.markdown import code, is_local, name_of, table
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -46,10 +47,13 @@ def write_card(
         model_id (`str`, *optional*): the repository id in the loading code, by default the folder's name.
         revision (`str`, *optional*): the commit that the loading code is pinned to.
         license (`str`, *optional*, defaults to `"apache-2.0"`): of the model, as the Hub writes it.
+
+    Raises:
+        UserError: if one of these files is broken, see [`check_records`].
     """
-    config = _read_json(folder / "config.json")
-    results = _read_json(folder / "eval_results.json")
-    training = _read_json(folder / "training_data.json")
+    config = read_record(folder / "config.json")
+    results = read_record(folder / "eval_results.json")
+    training = read_record(folder / "training_data.json")
     image_size = config["vision_config"].get("image_size", 224)
     name = model_id or folder.resolve().name
     header = card_header(folder, config, results, training)
@@ -64,20 +68,26 @@ def write_card(
         "image_size": image_size,
         "text_tower": _text_tower(config),
         "text_code": _text_code(config),
-        "form": _form(config) + _parity(_read_json(folder / "parity.json")),
+        "form": _form(config) + _parity(read_record(folder / "parity.json")),
         "results": _results(results),
         "samples": _samples(folder),
         "scope": _scope(results),
-        "classes": _classes(_read_json(folder / "confusion_matrix.json"), (folder / "confusion_matrix.png").exists()),
+        "classes": _classes(read_record(folder / "confusion_matrix.json"), (folder / "confusion_matrix.png").exists()),
         "training": _training(training),
         "origin": _origin(base_models(config, training), config, training),
-        "run": _run(_read_json(folder / "training_args.json"), training.get("environment", {})),
+        "run": _run(read_record(folder / "training_args.json"), training.get("environment", {})),
         "curve": _curve(folder),
         "limits": _limits(training, image_size),
         "license": code(license),
     }
     template = Template((TEMPLATES / f"{config['model_type']}.md").read_text(encoding="utf-8"))
-    (folder / CARD).write_text(template.substitute(facts), encoding="utf-8")
+    write_whole(folder / CARD, template.substitute(facts))
+
+
+def check_records(folder: Path) -> None:
+    """Raise a [`UserError`] if a file that the card is rendered from is there, and no JSON object."""
+    for name in ("config", "eval_results", "parity", "confusion_matrix", "training_data", "training_args"):
+        read_record(folder / f"{name}.json")
 
 
 def _pin(revision: str | None) -> str:
@@ -157,10 +167,6 @@ def _limits(training: dict[str, Any], image_size: int) -> str:
         f"Trained on {what}, at {image_size} x {image_size} pixels. It knows nothing else, and its scores on other "
         "pictures mean little."
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _text_tower(config: dict[str, Any]) -> str:
@@ -282,4 +288,4 @@ def _training(data: dict[str, Any]) -> str:
     return table(["fact", "value"], [[name.replace("_", " "), _fact(value)] for name, value in facts.items()])
 
 
-__all__ = ["CARD", "TEMPLATES", "figure_text", "packages", "write_card"]
+__all__ = ["CARD", "TEMPLATES", "check_records", "figure_text", "packages", "write_card"]

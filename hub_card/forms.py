@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 from sigphi.configuration.configuration_sigphi import SigPhiConfig
 from sigphi.hub_card.cards import write_card
+from sigphi.hub_card.files import read_record
 from sigphi.modeling.modeling_sigphi import (
     SigPhiForConditionalGeneration,
     base_quantization,
@@ -160,13 +161,13 @@ def _copy_records(name: str, output: Path, form: str) -> None:
         found = cached_file(
             name, record, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
         )
-        if found is not None:
+        if found is not None and record != EVAL_RESULTS:
             shutil.copyfile(found, output / record)
-    if (output / EVAL_RESULTS).exists():
-        results = json.loads((output / EVAL_RESULTS).read_text(encoding="utf-8"))
-        results["metadata"] = {"form": form} | results.get("metadata", {})
-        text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-        (output / EVAL_RESULTS).write_text(text, encoding="utf-8")
+        elif found is not None:
+            results = read_record(Path(found))
+            results["metadata"] = {"form": form} | results.get("metadata", {})
+            text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+            (output / EVAL_RESULTS).write_text(text, encoding="utf-8")
 
 
 __all__ = ["FORMS", "adapter_model", "as_stored", "export_form", "form_of", "merged_model", "nf4_model"]

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from sigphi.hub_card.cards import CARD
+from sigphi.hub_card.files import read_json
 from sigphi.hub_card.markdown import SOMEWHERE, is_local
 
 RECORD = "file_hashes.json"
@@ -90,7 +91,7 @@ def release_files(folder: Path) -> tuple[list[str], list[str]]:
 def _code_files(folder: Path) -> set[str]:
     files: set[str] = set()
     for config in (folder / name for name in _WITH_CODE):
-        auto_map = _read(config).get("auto_map", {}) if config.is_file() else {}
+        auto_map = read_json(config).get("auto_map", {}) if config.is_file() else {}
         # `owner/name--module.Class` is code of another repository.
         for module in {name.split(".")[0] for name in auto_map.values() if "--" not in name}:
             path = folder / f"{module}.py"
@@ -120,12 +121,12 @@ def stage(folder: Path, target: Path, changes: dict[str, dict[str, Any]]) -> lis
         if name.endswith(".safetensors"):
             _link(folder / name, target / name)
         elif name.endswith(".json") and name not in _VOCABULARIES:
-            content = scrubbed(name, _read(folder / name))
+            content = scrubbed(name, read_json(folder / name))
             _write(target / name, content | changes.get(name, {}) if isinstance(content, dict) else content)
         else:
             shutil.copyfile(folder / name, target / name)
     weights = {name: file_hash(target / name) for name in names if name.endswith(".safetensors")}
-    _write(target / "config.json", _read(target / "config.json") | {"weight_hashes": weights})
+    _write(target / "config.json", read_json(target / "config.json") | {"weight_hashes": weights})
     hashes = {name: weights.get(name) or file_hash(target / name) for name in names}
     _write(target / RECORD, {"sigphi": version("sigphi"), "sha256": hashes})
     return left_out
@@ -252,10 +253,6 @@ def broken_weights(folder: Path) -> dict[str, str]:
         except SafetensorError as error:
             broken[path.relative_to(folder).as_posix()] = " ".join(str(error).split())
     return broken
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write(path: Path, content: Any) -> None:

@@ -340,14 +340,19 @@ def toy_dataset(toy_csv: Path) -> datasets.Dataset:
 
 
 @contextlib.contextmanager
-def files_of_20_kb() -> Iterator[None]:
-    """Within it files may have 20 kB: what comes behind fails as on a full disk."""
+def files_of(size: int) -> Iterator[None]:
+    """Within it files may have so many bytes: what comes behind fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def files_of_20_kb() -> contextlib.AbstractContextManager[None]:
+    """See [`files_of`]."""
+    return files_of(20_000)
 
 
 @pytest.fixture

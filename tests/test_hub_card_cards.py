@@ -11,7 +11,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from sigphi import SiglipResNetConfig, SigPhiConfig
-from sigphi.hub_card.cards import TEMPLATES, write_card
+from sigphi.hub_card.cards import TEMPLATES, check_records, write_card
+from sigphi.hub_card.errors import UserError
 
 ENCODER = {"model_type": "siglip_resnet", "projection_dim": 48, "vision_config": {"image_size": 40}}
 VLM = {"model_type": "sigphi", "num_image_tokens": 16, "vision_config": {"image_size": 40}}
@@ -180,3 +181,13 @@ def test_a_saved_config_has_a_card(tmp_path, config_class):
     config_class().save_pretrained(tmp_path)
     write_card(tmp_path)
     assert header((tmp_path / "README.md").read_text(encoding="utf-8"))["library_name"] == "transformers"
+
+
+@pytest.mark.parametrize("name", ["eval_results", "training_data", "parity", "confusion_matrix", "training_args"])
+def test_a_record_that_was_cut_off_is_named_and_the_card_stays(tmp_path, name):
+    before = card(tmp_path, VLM)
+    (tmp_path / f"{name}.json").write_text("")
+    for render in (write_card, check_records):
+        with pytest.raises(UserError, match=f"{tmp_path / name}.json is not the JSON that it should be"):
+            render(tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == before

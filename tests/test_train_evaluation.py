@@ -48,6 +48,14 @@ def test_a_model_without_a_record_is_evaluated_with_a_warning(toy_dataset, tmp_p
     assert "does not record what it was trained on" in caplog.text
 
 
+def test_a_record_that_was_cut_off_is_named(toy_dataset, tmp_path):
+    record(tmp_path, toy_dataset, 0.3, 5)
+    path = tmp_path / "training_data.json"
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(UserError, match=f"{path} is not the JSON that it should be; .*Put a whole copy there"):
+        only_unseen(toy_dataset, str(tmp_path))
+
+
 # The command ---------------------------------------------------------------------------------------------------------
 
 

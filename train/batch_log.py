@@ -9,6 +9,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from sigphi.hub_card.files import written_aside
 from sigphi.train.errors import UserError
 
 _SETTINGS = "settings.json"
@@ -117,11 +118,8 @@ def write_durably(path: Path, text: str, scratch: Path) -> None:
         text (`str`): its content.
         scratch (`Path`): where it grows, on the same file system; left behind by a kill, replaced by the next call.
     """
-    with scratch.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    with written_aside(path, scratch) as aside:
+        aside.write_text(text, encoding="utf-8", newline="")
 
 
 def discard(folder: Path) -> None:

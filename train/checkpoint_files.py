@@ -15,7 +15,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sigphi.train.batch_log import write_durably
+from sigphi.hub_card.files import sync, write_whole
 from sigphi.train.checkpoints import loading
 from sigphi.train.errors import UserError, printable
 from sigphi.train.fingerprints import file_digest
@@ -39,12 +39,12 @@ def seal(folder: Path, run: dict[str, Any]) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
     files = {}
     for path in paths:
-        _sync(path)
+        sync(path)
         files[path.relative_to(folder).as_posix()] = [path.stat().st_size, file_digest(path)]
     content = json.dumps({"run": run, "files": files}, indent=2) + "\n"
-    write_durably(folder / RECORD, content, folder / f"{RECORD}.tmp")
+    write_whole(folder / RECORD, content)
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-        _sync(path)
+        sync(path)
 
 
 def publish(aside: Path, folder: Path) -> None:
@@ -53,7 +53,7 @@ def publish(aside: Path, folder: Path) -> None:
     if folder.exists():
         os.replace(folder, replaced)
     os.replace(aside, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 

@@ -1,24 +1,25 @@
 """The errors that a user can mend, and how a command ends on one."""
 
 import contextlib
+import errno
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from typing import Any
+
+from sigphi.hub_card.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # What a shell reports for a process that Ctrl-C ended: 128 + SIGINT.
 INTERRUPTED = 130
 # How the message begins that PyTorch makes of an error in a worker and the worker's traceback.
 _FROM_WORKER = "Caught UserError in DataLoader worker"
-
-
-class UserError(ValueError):
-    """A mistake in what the user gave: a flag, a file, a row, a checkpoint of the wrong kind.
-
-    The message is one or two lines that name the value, the place and the remedy. A command that ends on it
-    prints just these lines and exits with code 2, see [`run_command`].
-    """
+# A full disk, a quota that is used up, a file that may not grow.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_gradio(option: str) -> None:
@@ -55,11 +56,51 @@ def worker_errors(what: str, remedy: str) -> Iterator[None]:
         raise UserError(f"{what} has died ({printable(str(error))[:200].rstrip('.')}). {remedy}") from error
 
 
+@contextlib.contextmanager
+def full_disks(place: str | None = None, remedy: str = "Make room, and run it again.") -> Iterator[None]:
+    """
+    Within it a full disk is a [`UserError`].
+
+    A thread that meets one ends without a traceback of its own: that of TensorBoard's writer raises its error once
+    more where the writer is called next.
+
+    Args:
+        place (`str`, *optional*): what cannot be written, such as `"--output-dir outputs"`; by default the file.
+        remedy (`str`, *optional*): one or two sentences.
+    """
+    before = threading.excepthook
+    in_threads: list[OSError] = []
+
+    def take_down(arguments: Any) -> None:
+        if _is_full_disk(arguments.exc_value):
+            in_threads.append(arguments.exc_value)
+        else:
+            before(arguments)
+
+    threading.excepthook = take_down
+    try:
+        yield
+    except OSError as error:
+        if not _is_full_disk(error):
+            raise
+        what = place or error.filename or "a file"
+        raise UserError(f"{what} cannot be written: {error.strerror}. {remedy}") from error
+    else:
+        for error in in_threads:
+            logger.warning("%s was not written to its end: %s", place or error.filename or "a file", error.strerror)
+    finally:
+        threading.excepthook = before
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
+
+
 def run_command(main: Callable[[], None], program: str) -> None:
     """Run `main` and end the process with code 2 and the message's lines, without a traceback, on a [`UserError`].
 
-    Ctrl-C ends it with code 130. Under a launcher only rank 0 prints, so that the lines appear once. Every other
-    exception passes through: a failure that is not the user's keeps its traceback.
+    A full disk is one, too. Ctrl-C ends it with code 130. Under a launcher only rank 0 prints, so that the lines
+    appear once. Every other exception passes through: a failure that is not the user's keeps its traceback.
 
     Args:
         main (`Callable`): the command's body.
@@ -68,7 +109,8 @@ def run_command(main: Callable[[], None], program: str) -> None:
     is_first = os.environ.get("RANK", "0") == "0"
     _show_log(logging.INFO if is_first else logging.ERROR)
     try:
-        main()
+        with full_disks():
+            main()
     except UserError as error:
         if is_first:
             sys.stderr.write(f"{program}: error: {error}\n")
@@ -88,4 +130,4 @@ def _show_log(level: int) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-__all__ = ["INTERRUPTED", "UserError", "check_gradio", "printable", "run_command", "worker_errors"]
+__all__ = ["INTERRUPTED", "UserError", "check_gradio", "full_disks", "printable", "run_command", "worker_errors"]

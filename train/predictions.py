@@ -1,6 +1,5 @@
 """The answers of an evaluation as a table on disk, and which of them to look at."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +7,7 @@ from typing import NamedTuple
 import datasets
 import pandas as pd
 
+from sigphi.hub_card.files import write_whole, written_aside
 from sigphi.train.answer_scores import BLANK, SHUFFLED, JudgedRow
 from sigphi.train.report import markdown_table, picture_grid
 
@@ -62,9 +62,8 @@ def write_predictions(
         }
         # Rows that a column does not reach are null.
         table = table.join(pd.DataFrame(columns).add_suffix(suffix))
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    table.to_parquet(unfinished, index=False)
-    os.replace(unfinished, path)
+    with written_aside(path) as aside:
+        table.to_parquet(aside, index=False)
 
 
 def worst_and_best(predictions: pd.DataFrame, count: int = 8) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -98,9 +97,9 @@ def write_samples(folder: Path, dataset: datasets.Dataset) -> None:
         (folder / f"{SAMPLES}{suffix}").unlink(missing_ok=True)  # older ones would contradict the table
     if shown.empty:
         return
-    picture_grid([dataset[row]["image"] for row in shown.index.tolist()], columns=SAMPLES_COLUMNS).save(
-        folder / f"{SAMPLES}.png"
-    )
+    grid = picture_grid([dataset[row]["image"] for row in shown.index.tolist()], columns=SAMPLES_COLUMNS)
+    with written_aside(folder / f"{SAMPLES}.png") as aside:
+        grid.save(aside)
     header = ["image", "question", "true answer", "given answer", "confidence"]
     columns = shown[["question", "true_answer", "given_answer"]].itertuples(index=False)
     lines = [
@@ -119,7 +118,7 @@ Confidence is the geometric mean of the probabilities of the answer's tokens. Al
 ## Right
 
 {markdown_table(header, lines[len(worst) :])}"""
-    (folder / f"{SAMPLES}.md").write_text(text, encoding="utf-8")
+    write_whole(folder / f"{SAMPLES}.md", text)
 
 
 __all__ = [

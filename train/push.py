@@ -22,6 +22,7 @@ from transformers.hf_argparser import HfArg
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
 from sigphi.configuration.configuration_sigphi import SigPhiConfig
 from sigphi.hub_card.cards import CARD, write_card
+from sigphi.hub_card.files import read_record
 from sigphi.hub_card.markdown import is_local
 from sigphi.hub_card.release import RECORD, broken_weights, is_published, stage
 from sigphi.train.checkpoints import commit_on_hub, is_commit, read_config
@@ -192,8 +193,7 @@ def _pinned(
 
 def _pinned_encoder(folder: Path, config: PreTrainedConfig, given: str | None) -> dict[str, Any]:
     """What the record of a VLM's training says of the encoder whose image tower it has."""
-    path = folder / TRAINING_DATA
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    record = read_record(folder / TRAINING_DATA)
     name, commit = record.get("siglip_checkpoint"), record.get("siglip_checkpoint_revision")
     if given is None:
         return {} if name is None or not is_local(name) else {"siglip_checkpoint": None}

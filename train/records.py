@@ -12,7 +12,9 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from sigphi.hub_card.files import read_record, write_whole
 from sigphi.train.arguments import DataArguments, PairsArguments
+from sigphi.train.checkpoint_files import write_errors
 from sigphi.train.checkpoints import looks_like_path, pinned_revision
 from sigphi.train.data import data_facts
 from sigphi.train.image_texts import pairs_facts
@@ -24,8 +26,8 @@ PARITY = "parity.json"
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write `content` as indented JSON; the file appears whole or not at all."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def durable_name(name: str) -> str:
@@ -52,6 +54,9 @@ def write_training_data(
         vlm_checkpoint (`str`, *optional*): the same of the VLM that the training started from.
         made_from (`dict[str, tuple[str, str]]`, *optional*): the models that this one was made from and their
             revisions, by the option that named each; of those on the Hub the commits are recorded.
+
+    Raises:
+        UserError: if it cannot be written.
     """
     if isinstance(arguments, PairsArguments) and arguments.dataset is not None:
         names = ("dataset", "dataset_config", "dataset_split")
@@ -66,13 +71,19 @@ def write_training_data(
     for option, (name, revision) in (made_from or {}).items():
         if name is not None:
             facts |= {option: durable_name(name), f"{option}_revision": pinned_revision(name, revision)}
-    write_json(folder / TRAINING_DATA, facts | {"environment": environment()})
+    with write_errors(folder, "Make room, and run it again with --resume."):
+        write_json(folder / TRAINING_DATA, facts | {"environment": environment()})
 
 
 def training_record(model: str) -> dict[str, Any]:
-    """What a model's folder or repository records of its training, see [`write_training_data`]; else nothing."""
+    """
+    What a model's folder or repository records of its training, see [`write_training_data`]; else nothing.
+
+    Raises:
+        UserError: if the record is broken.
+    """
     path = file_of(model, TRAINING_DATA)
-    return {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    return {} if path is None else read_record(path)
 
 
 def file_of(model: str, name: str) -> Path | None:

@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageDraw
 from transformers.utils.import_utils import is_matplotlib_available
 
+from sigphi.hub_card.files import write_whole, written_aside
+from sigphi.train.checkpoint_files import write_errors
 from sigphi.train.metrics import per_class_scores
 from sigphi.train.records import LOG_HISTORY, write_json
 
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 CONFUSION_MATRIX = "confusion_matrix.json"
 # Of a grid of pictures, in pixels: between them, and above each for its number.
 _GAP, _NUMBER = 8, 16
+# What helps where the files of a training cannot be written.
+_AGAIN = "Make room, and run it again with --resume."
 
 
 def write_loss_curve(log_history: list[dict[str, Any]], folder: Path) -> None:
@@ -28,8 +32,12 @@ def write_loss_curve(log_history: list[dict[str, Any]], folder: Path) -> None:
     Write the Trainer's log as `log_history.json`, and its losses as the picture `loss_curve.png`.
 
     The picture needs matplotlib; without it one line says so, and the numbers are there all the same.
+
+    Raises:
+        UserError: if they cannot be written.
     """
-    (folder / LOG_HISTORY).write_text(json.dumps(log_history, indent=1) + "\n", encoding="utf-8")
+    with write_errors(folder, _AGAIN):
+        write_whole(folder / LOG_HISTORY, json.dumps(log_history, indent=1) + "\n")
     if not is_matplotlib_available():
         logger.warning("matplotlib is not installed, so there is no loss_curve.png: pip install 'sigphi[eval]'")
         return
@@ -46,7 +54,8 @@ def write_loss_curve(log_history: list[dict[str, Any]], folder: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.savefig(folder / "loss_curve.png", dpi=120)
+    with write_errors(folder, _AGAIN), written_aside(folder / "loss_curve.png") as aside:
+        figure.savefig(aside, dpi=120)
 
 
 def write_confusion_matrix(counts: torch.Tensor, class_names: Sequence[str], folder: Path) -> None:
@@ -74,7 +83,8 @@ def write_confusion_matrix(counts: torch.Tensor, class_names: Sequence[str], fol
     if not is_matplotlib_available():
         logger.warning("matplotlib is not installed, so there is no %s: pip install 'sigphi[eval]'", picture.name)
         return
-    _draw_confusion(counts, class_names).savefig(picture, dpi=120)
+    with written_aside(picture) as aside:
+        _draw_confusion(counts, class_names).savefig(aside, dpi=120)
 
 
 def _draw_confusion(counts: torch.Tensor, class_names: Sequence[str]) -> Any:

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from sigphi.hub_card.cards import check_records
 from sigphi.train.arguments import NEWEST
 from sigphi.train.checkpoint_files import (
     ASIDE,
@@ -424,13 +425,15 @@ def check_output_dir(arguments: TrainingArguments) -> None:
     Check the folder of a run before anything is loaded; the Trainer checks it again.
 
     Raises:
-        UserError: if it cannot be written, is in use, or holds the checkpoints of a run that this one does not resume.
+        UserError: if it cannot be written, is in use, or holds the checkpoints of a run that this one does not resume,
+            or files of a model that are broken and belong to its card.
     """
     if arguments.process_index != 0:
         return
     output_dir = Path(arguments.output_dir)
     if output_dir.is_dir():
         with sole_run(output_dir):
+            check_records(output_dir)
             if not arguments.resume_from_checkpoint:
                 check_no_checkpoints(output_dir)
         return

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from transformers.hf_argparser import HfArg
 
 from sigphi.configuration.hub_code import hub_files
+from sigphi.hub_card.files import read_json
 from sigphi.hub_card.release import RECORD, changed_files, release_files
 from sigphi.train.arguments import PairsArguments
 from sigphi.train.checkpoints import looks_like_path, read_config
@@ -165,7 +166,7 @@ def evaluate_again(folder: Path, arguments: tuple[Any, ...]) -> tuple[dict[str, 
     """
     if not (folder / EVAL_RESULTS).exists():
         raise UserError(f"MODEL has no {EVAL_RESULTS}, so there are no figures to compare with; leave out the data.")
-    recorded = json.loads((folder / EVAL_RESULTS).read_text(encoding="utf-8"))
+    recorded = read_json(folder / EVAL_RESULTS)
     with tempfile.TemporaryDirectory(prefix="sigphi-") as place:
         for name in release_files(folder)[0]:
             path = Path(place, name)
