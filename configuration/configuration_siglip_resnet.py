@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, ResNetConfig
 from transformers.configuration_utils import strict
 
-from sigphi.configuration.hub_code import HubCodeMixin
+from sigphi.configuration.hub_code import HubConfigMixin
 
 # The published architecture of microsoft/phi-2, the default language model and text tower.
 PHI_2: dict[str, Any] = {
@@ -89,7 +89,7 @@ class SiglipResNetVisionConfig(ResNetConfig):
 
 
 @strict
-class SiglipResNetConfig(HubCodeMixin, PreTrainedConfig):
+class SiglipResNetConfig(HubConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`SiglipResNetModel`].
 

@@ -7,11 +7,11 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import strict
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetVisionConfig, text_config_from
-from sigphi.configuration.hub_code import HubCodeMixin
+from sigphi.configuration.hub_code import HubConfigMixin
 
 
 @strict
-class SigPhiConfig(HubCodeMixin, PreTrainedConfig):
+class SigPhiConfig(HubConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`SigPhiModel`] and [`SigPhiForConditionalGeneration`].
 

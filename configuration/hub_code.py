@@ -149,4 +149,20 @@ class HubCodeMixin:
         return saved
 
 
-__all__ = ["HUB_ARGUMENTS", "HubCodeMixin", "check_public", "check_weights", "flatten", "hub_files"]
+class HubConfigMixin(HubCodeMixin):
+    """The same of a config class, which takes no default values for a folder without `config.json`."""
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As the next base class does.
+
+        Raises:
+            OSError: if there is no `config.json`, as in the folder of a model whose saving was broken off.
+        """
+        content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        if not content:
+            raise OSError(f"{pretrained_model_name_or_path} has no config.json: its files may be of several models.")
+        return content, kwargs
+
+
+__all__ = ["HUB_ARGUMENTS", "HubCodeMixin", "HubConfigMixin", "check_public", "check_weights", "flatten", "hub_files"]

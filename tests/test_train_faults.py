@@ -1,5 +1,6 @@
 """Memory, workers and disks that do not suffice: handled, or ended in one line, with nothing half done."""
 
+import contextlib
 import copy
 import os
 import signal
@@ -8,15 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import files_of_20_kb
+from conftest import files_of, files_of_20_kb
 from torch import nn
 from toy_runs import end_of, make_toy, train_toy, unequal, vlm_rows, write_parts
+from transformers import AutoModelForImageTextToText, TrainerCallback
 
-from sigphi.train.checkpoint_files import ASIDE, checkpoints, fault_of
+from sigphi import SigPhiForConditionalGeneration
+from sigphi.train.arguments import DataArguments
+from sigphi.train.checkpoint_files import ASIDE, checkpoints, fault_of, move_files
+from sigphi.train.checkpoints import read_config
 from sigphi.train.collators import VlmCollator
-from sigphi.train.errors import UserError
+from sigphi.train.errors import UserError, full_disks, run_command
 from sigphi.train.packing import PackingCollator
 from sigphi.train.parts import split_rows
+from sigphi.train.records import write_json, write_training_data
+from sigphi.train.report import write_loss_curve
 
 ROOT = Path(__file__).parents[1]
 
@@ -192,6 +199,106 @@ def test_a_model_without_room_leaves_the_one_that_was_there(parts, tmp_path):
     with files_of_20_kb(), pytest.raises(UserError, match="cannot be written"):
         trainer.save_model()
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("name", ["training_data.json", "log_history.json", "loss_curve.png"])
+def test_what_belongs_to_a_model_without_room_leaves_what_was_there(name, toy_dataset, tmp_path):
+    def write(history: list[dict[str, float]]) -> None:
+        if name == "training_data.json":
+            write_training_data(tmp_path, toy_dataset, DataArguments(input_csv="qa.csv", images="synthetic"))
+        else:
+            write_loss_curve(history, tmp_path)
+
+    write([{"step": 1, "loss": 1.0}])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert tmp_path / name in before
+    history = [{"step": step, "loss": step**0.5} for step in range(1, 4 if name == "loss_curve.png" else 100)]
+    with files_of(300), pytest.raises(UserError) as error:
+        write(history)
+    message = f"--output-dir {tmp_path} cannot be written: File too large. Make room, and run it again with --resume."
+    assert str(error.value) == message
+    after = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert after.keys() == before.keys() and after[tmp_path / name] == before[tmp_path / name]
+
+
+def test_results_without_room_end_a_command_in_one_line(tmp_path, capsys):
+    path = tmp_path / "eval_results.json"
+    write_json(path, {"zero_shot_top1": 0.5})
+    before = path.read_bytes()
+    with files_of(1000), pytest.raises(SystemExit) as ended:
+        run_command(lambda: write_json(path, {"zero_shot_top1": 0.5, "more": "x" * 2000}), "sigphi evaluate")
+    assert ended.value.code == 2
+    line = "sigphi evaluate: error: a file cannot be written: File too large. Make room, and run it again.\n"
+    assert capsys.readouterr().err == line
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_other_errors_of_the_system_keep_their_traceback(tmp_path):
+    with pytest.raises(FileNotFoundError), full_disks():
+        (tmp_path / "none").read_text()
+
+
+class NoMoreRoom(TrainerCallback):
+    """From the end of the second step on no file of the folder may grow."""
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        self.folder, self.stack = folder, stack
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            [events] = self.folder.rglob("events.out.*")
+            self.stack.enter_context(files_of(events.stat().st_size + 10))
+
+
+def test_a_tracker_without_room_ends_the_training_in_one_line(parts, tmp_path, capfd):
+    options = SHORT | {"max_steps": 4, "report_to": "tensorboard", "logging_steps": 1}
+    trainer = make_toy("encoder", parts, tmp_path, **options)
+    with contextlib.ExitStack() as stack, pytest.raises(UserError) as error:
+        trainer.add_callback(NoMoreRoom(tmp_path, stack))
+        trainer.train()
+    message = f"--output-dir {tmp_path} cannot be written: File too large. Make room, and go on with --resume"
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+    assert trainer.state.global_step == 2
+    assert "Traceback" not in capfd.readouterr().err
+
+
+# Kills ---------------------------------------------------------------------------------------------------------------
+
+
+def write_model(folder: Path, what: str) -> None:
+    for name in ("README.md", "config.json", "lora/adapter_model.safetensors", "model.safetensors"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(what)
+
+
+@pytest.mark.parametrize("moves", range(5))
+def test_a_kill_while_a_model_gets_its_names_leaves_none_or_a_whole_one(moves, tmp_path, monkeypatch):
+    write_model(tmp_path, "old")
+    write_model(tmp_path / ASIDE / "model", "new")
+    replace, done = os.replace, []
+
+    def one_more(source: Path, target: Path) -> None:
+        if len(done) == moves:
+            raise KeyboardInterrupt
+        replace(source, target)
+        done.append(target)
+
+    monkeypatch.setattr(os, "replace", one_more)
+    with pytest.raises(KeyboardInterrupt) if moves < 4 else contextlib.nullcontext():
+        move_files(tmp_path / ASIDE / "model", tmp_path)
+    there = {path.read_text() for path in tmp_path.rglob("*") if path.is_file() and ASIDE not in path.parts}
+    assert (tmp_path / "config.json").exists() == (moves == 4)
+    assert moves < 4 or there == {"new"}
+
+
+def test_a_folder_of_a_model_without_its_config_does_not_load(parts, tmp_path):
+    train_toy("vlm", parts, tmp_path, **SHORT)
+    (tmp_path / "config.json").unlink()
+    for loader in (AutoModelForImageTextToText, SigPhiForConditionalGeneration):
+        with pytest.raises((OSError, ValueError), match="config.json"):
+            loader.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="there is no model folder with a config.json here"):
+        read_config(str(tmp_path), "MODEL")
 
 
 @pytest.mark.slow

@@ -62,30 +62,23 @@ def move_files(aside: Path, folder: Path) -> None:
     """
     Bring a model's files to the disk and under their names, its `config.json` last: what has one is whole.
 
+    That of an earlier model goes first: a kill in between leaves a mixture of two models, which does not load without.
+
     Args:
         aside (`Path`): where they were written, on the same file system; removed.
         folder (`Path`): where they belong. Files of the same names are replaced, others stay.
     """
     paths = [path for path in sorted(aside.rglob("*")) if path.is_file()]
     for path in paths:
-        _sync(path)
+        sync(path)
+    (folder / "config.json").unlink(missing_ok=True)
+    sync(folder)
     for path in sorted(paths, key=lambda path: path == aside / "config.json"):
         target = folder / path.relative_to(aside)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
-    _sync(folder)
+    sync(folder)
     shutil.rmtree(aside)
-    with contextlib.suppress(OSError):  # others may be writing there
-        aside.parent.rmdir()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def recorded_run(folder: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from sigphi.train.checkpoint_files import (
     sole_run,
     write_errors,
 )
-from sigphi.train.errors import UserError, worker_errors
+from sigphi.train.errors import UserError, full_disks, worker_errors
 from sigphi.train.nonfinite import Finding, NonFiniteError, Step, all_finite, examine
 from sigphi.train.random_state import RandomState, random_state, set_random_state
 from sigphi.train.replay_file import Replay, replay_path, weights_of, write_replay
@@ -42,6 +42,8 @@ from sigphi.train.run_identity import describe_run, differences, same_content
 from sigphi.train.stopping import StopOnSignal
 
 logger = logging.getLogger(__name__)
+
+_MAKE_ROOM = "Make room, and go on with --resume from the last checkpoint."
 
 
 class ResumableTrainer(Trainer):
@@ -96,8 +98,10 @@ class ResumableTrainer(Trainer):
     def _told(self) -> Iterator[None]:
         """Within it what ends a training from outside is a [`UserError`]."""
         remedy = "Go on with --resume; fewer --dataloader-num-workers need less memory."
+        place = f"--output-dir {self.args.output_dir}"
         try:
-            with worker_errors("a worker of the data loader", remedy):
+            # Trackers write between the checkpoints, TensorBoard into the same folder.
+            with worker_errors("a worker of the data loader", remedy), full_disks(place, _MAKE_ROOM):
                 yield
         except torch.OutOfMemoryError as error:
             raise UserError(
@@ -163,7 +167,7 @@ class ResumableTrainer(Trainer):
         """The Trainer's checkpoint, written aside by all processes, then sealed and renamed by the first one."""
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder = Path(self._get_output_dir(trial))
-        with write_errors(folder, "Make room, and go on with --resume from the last checkpoint."):
+        with write_errors(folder, _MAKE_ROOM):
             with self._writing_aside():
                 aside = Path(self._get_output_dir(trial), name)
                 super()._save_checkpoint(model, trial)
