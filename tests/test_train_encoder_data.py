@@ -1,6 +1,7 @@
 """An encoder trained, planned and evaluated on images and texts of any set."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sigphi.train.arguments import EncoderDataArguments
 from sigphi.train.encoder_data import load_encoder_data
 from sigphi.train.errors import UserError
 from sigphi.train.images import load_images
+from sigphi.train.records import write_training_data
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +105,18 @@ def test_what_a_set_cannot_be_used_for_is_refused(words, captions, tmp_path):
         evaluation.main([str(folder), *source(captions)])
     with pytest.raises(UserError, match="--probe-... and --human-labels .* leave them out"):
         evaluation.main([str(folder), *source(captions), "--probe-size", "5"])
+
+
+def test_the_folder_is_one_run_s_until_what_belongs_to_the_model_is_there(words, tmp_path, monkeypatch):
+    folder, told = tmp_path / "out", []
+
+    def write_and_look(*arguments: Any, **options: Any) -> None:
+        write_training_data(*arguments, **options)
+        assert (folder / "model.safetensors").exists()
+        with ThreadPoolExecutor(1) as another:
+            told.append(str(another.submit(siglip.main, [*words, "--output-dir", str(folder)]).exception()))
+
+    monkeypatch.setattr(siglip, "write_training_data", write_and_look)
+    siglip.main([*words, "--output-dir", str(folder)])
+    assert told == [f"--output-dir {folder}: another run is writing there. Wait for it, or name another folder."]
+    assert read(folder, "eval_results.json") and not (folder / "_unfinished").exists()

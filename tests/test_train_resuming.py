@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from processes import run_processes
 from toy_runs import STAGES, end_of, make_toy, train_toy, unequal, write_parts
 from transformers import TrainerCallback
 
-from sigphi.train import siglip, vlm
-from sigphi.train.checkpoint_files import ASIDE, RECORD, checkpoints, fault_of, remove_old, sole_run
+from sigphi.train import siglip, trainers, vlm
+from sigphi.train.checkpoint_files import ASIDE, RECORD, checkpoints, fault_of, move_files, remove_old, sole_run
 from sigphi.train.errors import UserError
-from sigphi.train.resumable import check_checkpoint, newest_checkpoint
+from sigphi.train.resumable import check_checkpoint, check_output_dir, newest_checkpoint
 from sigphi.train.run_identity import describe_run
 
 # Called at each operation on files; a hook of the interpreter cannot be taken away.
@@ -254,10 +255,57 @@ def test_a_new_run_does_not_mix_its_checkpoints_with_those_of_another(copied, pa
         train_toy("encoder", parts, copied, resume=str(copied / "checkpoint-8"))
 
 
+def elsewhere(function: Callable[[], Any]) -> BaseException | None:
+    """What a run in another process would get; the lock is of the thread that took it."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).exception()
+
+
+def take(folder: Path) -> None:
+    with sole_run(folder):
+        pass
+
+
 def test_two_runs_do_not_write_into_one_folder(parts, tmp_path):
-    with sole_run(tmp_path), pytest.raises(UserError, match="another run is writing there"):
-        train_toy("encoder", parts, tmp_path)
+    with sole_run(tmp_path):
+        error = elsewhere(lambda: train_toy("encoder", parts, tmp_path))
+    assert isinstance(error, UserError) and "another run is writing there" in str(error)
     assert not (tmp_path / ASIDE).exists()
+
+
+def test_the_folder_is_held_while_the_model_is_written(parts, tmp_path, monkeypatch):
+    trainer = make_toy("encoder", parts, tmp_path, save_strategy="no", max_steps=1, eval_strategy="no")
+    trainer.train()
+    assert elsewhere(lambda: check_output_dir(trainer.args)) is None
+    errors = []
+
+    def moved(aside: Path, folder: Path) -> None:
+        before = sorted(path.name for path in aside.iterdir())
+        errors.append(elsewhere(lambda: check_output_dir(trainer.args)))
+        assert sorted(path.name for path in aside.iterdir()) == before and "model.safetensors" in before
+        move_files(aside, folder)
+
+    monkeypatch.setattr(trainers, "move_files", moved)
+    trainer.save_model()
+    assert [type(error) for error in errors] == [UserError]
+    assert (tmp_path / "model.safetensors").exists() and not (tmp_path / ASIDE).exists()
+
+
+def test_a_run_in_its_own_folder_does_not_wait_for_itself(tmp_path):
+    with sole_run(tmp_path):
+        (tmp_path / ASIDE / "model").mkdir()
+        take(tmp_path / ".." / tmp_path.name)
+        assert (tmp_path / ASIDE / "model").exists()
+        assert isinstance(elsewhere(lambda: take(tmp_path)), UserError)
+    assert elsewhere(lambda: take(tmp_path)) is None
+
+
+@pytest.mark.parametrize("name", ["eval_results.json", "training_data.json"])
+def test_a_broken_record_of_the_folder_is_said_before_anything_is_loaded(name, tmp_path):
+    (tmp_path / name).touch()
+    argv = ["--input-csv", "none.csv", "--output-dir", str(tmp_path), "--report-to", "none", "--resume"]
+    with pytest.raises(UserError, match=f"{tmp_path / name} is not the JSON that it should be"):
+        siglip.main(argv)
 
 
 def test_a_folder_that_cannot_be_made_is_said_before_anything_is_loaded(tmp_path):

@@ -164,16 +164,22 @@ def sole_run(output_dir: Path) -> Iterator[None]:
     """
     Within it no other run may write into the folder; what a killed one has left unfinished there is removed.
 
+    The saving of a model may be within its run: one that holds the folder already, in the same thread, takes it again.
+
     Raises:
         UserError: if another run is writing there, or if nothing can be written there.
     """
     aside = output_dir / ASIDE
-    lock = FileLock(aside / "lock")
+    lock = FileLock(aside.resolve() / "lock", is_singleton=True)
+    if lock.is_locked:
+        yield
+        return
     with write_errors(output_dir):
         aside.mkdir(parents=True, exist_ok=True)
         try:
-            # The system lets go of it when the process ends, however that happens.
-            lock.acquire(timeout=0)
+            # The system lets go of it when the process ends, however that happens. A moment is what a run that is
+            # refused holds it for.
+            lock.acquire(timeout=1)
         except Timeout as error:
             raise UserError(
                 f"--output-dir {output_dir}: another run is writing there. Wait for it, or name another folder."

@@ -87,11 +87,9 @@ class ResumableTrainer(Trainer):
             NonFiniteError: if a loss or a gradient is no number.
         """
         output_dir = Path(self.args.output_dir)
-        with contextlib.ExitStack() as stack:
-            first_process(self, lambda: stack.enter_context(sole_run(output_dir)))
+        with sole_folder(self, output_dir):
             chosen = first_process(self, lambda: self._choose_checkpoint(output_dir, resume_from_checkpoint))
-            stack.enter_context(self.stopping.listening())
-            with self._told():
+            with self.stopping.listening(), self._told():
                 return super().train(chosen, *args, **kwargs)
 
     @contextlib.contextmanager
@@ -344,6 +342,18 @@ def first_process(trainer: Trainer, function: Callable[[], Any]) -> Any:
     return answer[0]
 
 
+def sole_folder(trainer: Trainer, folder: Path) -> contextlib.ExitStack:
+    """
+    Within what is returned no other run may write into the folder, see [`sole_run`]; it keeps no hold of the trainer.
+
+    Raises:
+        UserError: that of the first process, in all of them.
+    """
+    stack = contextlib.ExitStack()
+    first_process(trainer, lambda: stack.enter_context(sole_run(folder)))
+    return stack
+
+
 # Which checkpoint ----------------------------------------------------------------------------------------------------
 
 
@@ -471,4 +481,5 @@ __all__ = [
     "check_output_dir",
     "first_process",
     "newest_checkpoint",
+    "sole_folder",
 ]

@@ -46,7 +46,7 @@ from sigphi.train.push import SourceArguments, check_sources, push_run
 from sigphi.train.records import durable_name, write_training_data
 from sigphi.train.replay_file import recorded_options
 from sigphi.train.report import write_loss_curve
-from sigphi.train.resumable import check_output_dir
+from sigphi.train.resumable import check_output_dir, sole_folder
 from sigphi.train.sharding import SAVE_TEXT_TOWER, check_options
 from sigphi.train.text_tower import cached_text_features, text_tower_of, token_ids
 from sigphi.train.trainers import SiglipTrainer
@@ -368,15 +368,17 @@ def main(argv: list[str] | None = None) -> None:
             "training": recorded_options(arguments),
         },
     )
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    if arguments.should_save:
-        complete_encoder(model, model_arguments, config)
-    trainer.save_model(_internal_call=True)  # what is pushed is the whole folder, when it is complete
+    folder = Path(arguments.output_dir)
+    with sole_folder(trainer, folder):  # until the model is there with all that belongs to it
+        trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+        if arguments.should_save:
+            complete_encoder(model, model_arguments, config)
+        trainer.save_model(_internal_call=True)  # what is pushed is the whole folder, when it is complete
+        if trainer.is_world_process_zero():
+            write_training_data(folder, data.source["train"], data_arguments, made_from=_models(model_arguments))
+            write_loss_curve(trainer.state.log_history, folder)
     if not trainer.is_world_process_zero():
         return
-    folder = Path(arguments.output_dir)
-    write_training_data(folder, data.source["train"], data_arguments, made_from=_models(model_arguments))
-    write_loss_curve(trainer.state.log_history, folder)
     if eval_rows is not None:
         del model, trainer  # the artifact is loaded anew, beside nothing
         sys.stdout.write(results_table(_evaluate(str(folder), data.source, data_arguments)))

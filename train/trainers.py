@@ -38,7 +38,7 @@ from sigphi.train.muon import Muon
 from sigphi.train.packing import PackedBatches, question_sizes
 from sigphi.train.parts import split_rows
 from sigphi.train.push import push_run
-from sigphi.train.resumable import ResumableTrainer
+from sigphi.train.resumable import ResumableTrainer, sole_folder
 from sigphi.train.sharding import divides_weights, load_whole
 
 logger = logging.getLogger(__name__)
@@ -126,13 +126,15 @@ class _ArtifactTrainer(ResumableTrainer):
         As the Trainer's; files come under their names when all of them are written, the config last.
 
         Raises:
-            UserError: if they cannot be written; the folder then holds what it held before.
+            UserError: if they cannot be written, or another run is writing there; the folder then holds what it held
+                before.
         """
         folder = Path(output_dir or self.args.output_dir)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             super().save_model(output_dir, _internal_call)
             return
-        with write_errors(folder, "Make room; the last checkpoint is whole: go on with --resume."):
+        remedy = "Make room; the last checkpoint is whole: go on with --resume."
+        with sole_folder(self, folder), write_errors(folder, remedy):
             super().save_model(str(folder / ASIDE / "model"), _internal_call=True)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:

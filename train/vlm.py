@@ -49,7 +49,7 @@ from sigphi.train.qlora import build_vlm, load_language_model
 from sigphi.train.records import durable_name, write_training_data
 from sigphi.train.replay_file import recorded_options
 from sigphi.train.report import write_loss_curve
-from sigphi.train.resumable import check_output_dir
+from sigphi.train.resumable import check_output_dir, sole_folder
 from sigphi.train.second_round import checkpoint_config, load_checkpoint, settle
 from sigphi.train.sharding import storage_dtype
 from sigphi.train.trainers import VlmTrainer
@@ -348,17 +348,19 @@ def main(argv: list[str] | None = None) -> None:
     if watched is not None:
         looks = LooksAtImageCallback(trainer, processor, watched, data_arguments.split_seed)
         trainer.add_callback(looks)
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    trainer.save_model(_internal_call=True)  # what is pushed is the whole folder, when it is complete
+    folder = Path(arguments.output_dir)
+    with sole_folder(trainer, folder):  # until the model is there with all that belongs to it
+        trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+        trainer.save_model(_internal_call=True)  # what is pushed is the whole folder, when it is complete
+        if trainer.is_world_process_zero():
+            made_from = {"language_model": (model_arguments.language_model, model_arguments.language_model_revision)}
+            if model_arguments.vlm_checkpoint is None:
+                made_from["siglip_checkpoint"] = (model_arguments.siglip_checkpoint, None)
+            kind = "encoder" if model_arguments.vlm_checkpoint is None else "vlm_checkpoint"
+            earlier = {kind: model_arguments.starts_from}
+            write_training_data(folder, data["train"], data_arguments, made_from=made_from, **earlier)
+            write_loss_curve(trainer.state.log_history, folder)
     if trainer.is_world_process_zero():
-        folder = Path(arguments.output_dir)
-        made_from = {"language_model": (model_arguments.language_model, model_arguments.language_model_revision)}
-        if model_arguments.vlm_checkpoint is None:
-            made_from["siglip_checkpoint"] = (model_arguments.siglip_checkpoint, None)
-        kind = "encoder" if model_arguments.vlm_checkpoint is None else "vlm_checkpoint"
-        earlier = {kind: model_arguments.starts_from}
-        write_training_data(folder, data["train"], data_arguments, made_from=made_from, **earlier)
-        write_loss_curve(trainer.state.log_history, folder)
         # The other processes end well: one that fails takes this one with it before it has said why.
         if looks is not None and looks.is_blind and arguments.stop_if_blind:
             raise UserError(
