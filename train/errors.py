@@ -86,8 +86,8 @@ def full_disks(place: str | None = None, remedy: str = "Make room, and run it ag
         what = place or error.filename or "a file"
         raise UserError(f"{what} cannot be written: {error.strerror}. {remedy}") from error
     else:
-        for error in in_threads:
-            logger.warning("%s was not written to its end: %s", place or error.filename or "a file", error.strerror)
+        for found in in_threads:
+            logger.warning("%s was not written to its end: %s", place or found.filename or "a file", found.strerror)
     finally:
         threading.excepthook = before
 
