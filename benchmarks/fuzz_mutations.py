@@ -207,7 +207,10 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png_chunks(rng: random.Random, files: Files) -> Files:
-    """A PNG with a chunk that is another one, more than there was, or missing; all check sums are right."""
+    """
+    A PNG with a chunk that is another one, more than there was, or missing; all check sums are right. A small one
+    where the picture is none.
+    """
     chunks = _png_chunks(files["picture"])
     if not chunks:
         chunks = _png_chunks(_SMALL_PNG)
@@ -231,7 +234,7 @@ def png_chunks(rng: random.Random, files: Files) -> Files:
         chunks.pop(place)
     else:
         chunks.insert(place, chunks[place])
-    return {"picture": files["picture"][:8] + b"".join(png_chunk(*chunk) for chunk in chunks)}
+    return {"picture": _SMALL_PNG[:8] + b"".join(png_chunk(*chunk) for chunk in chunks)}
 
 
 def _png_chunks(content: bytes) -> list[tuple[bytes, bytes]]:
