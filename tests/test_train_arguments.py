@@ -308,6 +308,12 @@ def test_a_tracker_that_is_not_there_is_named_before_anything_loads(trackers, tm
         VlmTrainingArguments(output_dir=str(tmp_path), report_to=trackers)
 
 
+def test_a_tracker_s_name_does_not_steer_the_terminal(tmp_path):
+    with pytest.raises(UserError, match=r"--report-to no\\u202ene: ") as error:
+        VlmTrainingArguments(output_dir=str(tmp_path), report_to="no\u202ene")
+    assert str(error.value).isprintable()
+
+
 def test_trackers_that_are_installed_reach_the_trainer(tmp_path, monkeypatch):
     monkeypatch.setattr(arguments_module, "get_available_reporting_integrations", lambda: ["wandb", "trackio"])
     options = VlmTrainingArguments(output_dir=str(tmp_path), report_to=["wandb", "trackio"])

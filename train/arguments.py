@@ -13,7 +13,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations, is_tensorboard_available
 from transformers.utils import is_bitsandbytes_available
 
-from sigphi.train.errors import UserError
+from sigphi.train.errors import UserError, printable
 from sigphi.train.precision import cpu_has_bfloat16, gpu_has_bfloat16
 from sigphi.train.sharding import check_deepspeed, check_options, check_way, load_whole
 
@@ -382,9 +382,10 @@ class SigphiTrainingArguments(TrainingArguments):
         available = get_available_reporting_integrations()
         for tracker in self.report_to:
             if tracker not in available:
+                name = printable(tracker)[:80]
                 raise UserError(
-                    f"--report-to {tracker}: transformers knows no such tracker, or its package is missing "
-                    f"(pip install {tracker}); installed here: {', '.join(available) or 'none'}."
+                    f"--report-to {name}: transformers knows no such tracker, or its package is missing "
+                    f"(pip install {name}); installed here: {', '.join(available) or 'none'}."
                 )
         if self.optim in BITSANDBYTES_OPTIMIZERS and not is_bitsandbytes_available():
             raise UserError(
