@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import TEXT_CONFIG
 from torch import nn
 from torch.distributed.tensor import DTensor
-from toy_runs import COMMON, PLAIN, encoder_trainer, vlm_trainer
-from transformers import PhiConfig, PhiModel
+from toy_runs import COMMON, PLAIN, encoder_trainer, read_parts, vlm_trainer
 
 from sigphi.modeling.modeling_sigphi import SigPhiForConditionalGeneration
 from sigphi.train import siglip, vlm
@@ -50,7 +48,7 @@ def take_processes_for_gpus() -> None:
 
 def make_trainer(case: dict[str, Any], parts: Path, folder: Path) -> Any:
     """The trainer of a case."""
-    given = torch.load(parts, weights_only=False)
+    given = read_parts(parts)
     options = COMMON | OPTIONS | {"per_device_train_batch_size": BATCH} | case["options"]
     if "tokens_per_batch" in options:
         del options["per_device_train_batch_size"]
@@ -124,8 +122,6 @@ def main() -> None:
     if sys.argv[1] in COMMANDS:
         COMMANDS[sys.argv[1]](sys.argv[2:])
         return
-    # transformers notes what a class can record when the first of it is made, and the toys are read from a file.
-    PhiModel(PhiConfig(**TEXT_CONFIG))
     parts, folder, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     results = {}
     for name, case in cases.items():

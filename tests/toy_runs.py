@@ -11,7 +11,13 @@ from safetensors.torch import load_file
 from test_train_siglip_trainer import make_images, make_rows
 from torch import nn
 
-from sigphi import SiglipResNetProcessor, SiglipTrainer, SiglipTrainingArguments, VlmTrainingArguments
+from sigphi import (
+    SiglipResNetModel,
+    SiglipResNetProcessor,
+    SiglipTrainer,
+    SiglipTrainingArguments,
+    VlmTrainingArguments,
+)
 from sigphi.train.collators import SiglipCollator, VlmCollator
 from sigphi.train.packing import PackingCollator
 from sigphi.train.resumable import ResumableTrainer
@@ -33,16 +39,25 @@ def write_parts(path: Path, shared: Originals, make_vlm: Any, base_folder: Path)
         if "lora_B" in name:  # where these are 0, no loss depends on what dropout draws
             nn.init.normal_(parameter, std=0.1)
     encoder = shared["encoder"]
-    encoder.text_model.language_model.requires_grad_(False)
+    weights = {"config": encoder.config, "weights": encoder.state_dict()}
     torch.save(
-        {"encoder": encoder, "vlm": vlm, **{name: shared[name] for name in ("tokenizer", "image_processor")}}, path
+        {"encoder": weights, "vlm": vlm, **{name: shared[name] for name in ("tokenizer", "image_processor")}}, path
     )
     return path
 
 
+def read_parts(path: Path) -> dict[str, Any]:
+    """What [`write_parts`] has written; the encoder is built here, since transformers records states of no other."""
+    given: dict[str, Any] = torch.load(path, weights_only=False)
+    encoder = SiglipResNetModel(given["encoder"]["config"])
+    encoder.load_state_dict(given["encoder"]["weights"])
+    encoder.text_model.language_model.requires_grad_(False)
+    return given | {"encoder": encoder}
+
+
 def make_toy(stage: str, parts: Path, folder: Path, **options: Any) -> ResumableTrainer:
     """The trainer of a stage: an encoder whose weights are averaged, or a VLM with LoRA and dropout."""
-    given = torch.load(parts, weights_only=False)
+    given = read_parts(parts)
     torch.manual_seed(0)
     if stage == "encoder":
         return encoder_trainer(given, folder, COMMON | {"ema_decay": 0.9} | options)
