@@ -4,8 +4,9 @@
 
 Seconds are those that the processor spends in this process, in one thread: hooks and steps are parts of the same run.
 A hook's are those of what a plain Trainer does not do: the random numbers that are taken down before a step, the check
-that loss and gradients are numbers, and the callbacks. Sealing is what a checkpoint costs beyond the Trainer's own:
-hashes, syncing and renaming; it is told apart, as a share of saving.
+that loss and gradients are numbers, and the callbacks. Two are told apart: the average of the weights (`--ema-decay`),
+which is a part of the training that was asked for, and sealing, what a checkpoint costs beyond the Trainer's own:
+hashes, syncing and renaming, as a share of saving.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 import datasets
 import torch
 from provenance import provenance
-from transformers import PhiConfig, PhiForCausalLM, SiglipImageProcessor
+from transformers import PhiConfig, PhiForCausalLM, SiglipImageProcessor, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from sigphi import (
@@ -33,6 +34,7 @@ from sigphi import (
     VlmTrainingArguments,
 )
 from sigphi.train import resumable
+from sigphi.train.averaging import WeightAverage
 from sigphi.train.collators import VlmCollator
 from sigphi.train.records import write_json
 from sigphi.train.resumable import ResumableTrainer
@@ -46,6 +48,7 @@ TEXT |= {"num_attention_heads": 4, "max_position_embeddings": 128, "bos_token_id
 COMMON: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "eval_strategy": "no", "logging_strategy": "no"}
 COMMON |= {"save_strategy": "steps", "use_cpu": True}
 ROWS = 512
+EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
 
 
 class Clock:
@@ -126,8 +129,10 @@ def measure(make: Callable[[str, int], ResumableTrainer], steps: int) -> dict[st
     resumable.seal, resumable.publish = clock.around("seal", resumable.seal), clock.around("seal", resumable.publish)
     with tempfile.TemporaryDirectory() as folder:
         trainer: Any = make(folder, steps)
-        for name in ("on_step_end", "on_epoch_end", "on_save"):
-            setattr(trainer.stopping, name, clock.around("hooks", getattr(trainer.stopping, name)))
+        for callback in trainer.callback_handler.callbacks:
+            kind = "averaging" if isinstance(callback, WeightAverage) else "hooks"
+            for name in EVENTS if type(callback).__module__.startswith("sigphi.") else ():
+                setattr(callback, name, clock.around(kind, getattr(callback, name)))
         trainer._save_checkpoint = clock.around("save", trainer._save_checkpoint)
         run = clock.around("run", super(ResumableTrainer, trainer).train)
         describe = clock.around("describe", resumable.describe_run)
@@ -142,6 +147,7 @@ def measure(make: Callable[[str, int], ResumableTrainer], steps: int) -> dict[st
         "step_seconds": step,
         "hook_seconds_per_step": seconds["hooks"] / steps,
         "hooks_over_step": seconds["hooks"] / steps / step,
+        "averaging_over_step": seconds["averaging"] / steps / step,
         "save_seconds": seconds["save"] / 2,
         "sealing_over_save": seconds["seal"] / seconds["save"],
         "describe_seconds": seconds["describe"],

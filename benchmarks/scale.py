@@ -5,7 +5,8 @@
 
 Each part is a process of its own, and says of which commit it is and how busy the machine was. `communication` counts
 bytes in a network namespace of its own, which needs `unshare` and `ip`. `loss_memory` explains what
-benchmarks/loss_memory.py has measured; `sizes` and `traffic` compute what is too large to measure here.
+benchmarks/loss_memory.py has measured; `sizes` and `traffic` compute what is too large to measure here. `reading` and
+`training` compare one process with two, for which both cores have to be free; `training` takes ten minutes.
 """
 
 import argparse
@@ -34,6 +35,8 @@ SCRIPTS = {
     "communication": "scale_loss",
     "caches": "scale_caches",
     "resuming": "scale_reading",
+    "reading": "scale_reading",
+    "training": "scale_training",
 }
 PACKAGES = ("torch", "transformers", "datasets", "torchdata", "pyarrow")
 

@@ -1,4 +1,4 @@
-"""How a stream of shards is gone on with, by `datasets` alone: a part of benchmarks/scale.py."""
+"""How a stream of shards is read and gone on with, by `datasets` alone: parts of benchmarks/scale.py."""
 
 import io
 import json
@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from scale_processes import in_processes, tell
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -21,6 +22,7 @@ WORDS = "a small photo of one red truck and two brown dogs under green trees by 
 BATCH = 50
 SEED = 0
 ROWS, SHARDS, LEFT_AFTER = 2_000, 4, 700
+TURNS = 3
 
 
 def _picture(row: int) -> bytes:
@@ -36,22 +38,53 @@ def _text(row: int) -> str:
     return f"{' '.join(words)} {row}"
 
 
-def _write(rank: int, processes: int, folder: Path) -> None:
+def _write(rank: int, processes: int, folder: Path, shards: int) -> None:
     features = datasets.Features(
         {"image": datasets.Image(), "text": datasets.Value("string"), "row": datasets.Value("int64")}
     )
     content = {"image": [{"bytes": _picture(row), "path": None} for row in range(ROWS)]}
     content |= {"text": [_text(row) for row in range(ROWS)], "row": list(range(ROWS))}
     table = datasets.Dataset.from_dict(content, features)
-    for shard in range(SHARDS):
-        part = table.shard(SHARDS, shard, contiguous=True)
-        part.to_parquet(str(folder / f"train-{shard:05}-of-{SHARDS:05}.parquet"), batch_size=100)
+    for shard in range(shards):
+        part = table.shard(shards, shard, contiguous=True)
+        part.to_parquet(str(folder / f"train-{shard:05}-of-{shards:05}.parquet"), batch_size=100)
 
 
-def _plain(folder: Path) -> Any:
-    """The shards of a folder in order, images as files."""
+def _plain(folder: Path, decoded: bool = False) -> Any:
+    """The shards of a folder in order, images decoded or as files."""
     found = datasets.load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train", streaming=True)
-    return found.cast_column("image", datasets.Image(decode=False))
+    return found.cast_column("image", datasets.Image(decode=decoded))
+
+
+def _read(rank: int, processes: int, folder: Path, decoded: bool) -> tuple[int, float]:
+    """How many rows this process was given, in how many seconds."""
+    rows = split_dataset_by_node(_plain(folder, decoded), rank, processes)
+    start = time.perf_counter()
+    count = sum(1 for _ in rows)
+    return count, time.perf_counter() - start
+
+
+def reading() -> list[dict[str, Any]]:
+    """Rows a second of one process and of two that share the shards, images decoded or as files; the best turn's."""
+    cases = [(count, processes, decoded) for count in (1, 2, 4) for processes in (1, 2) for decoded in (True, False)]
+    found: dict[tuple[int, int, bool], list[list[tuple[int, float]]]] = {case: [] for case in cases}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (1, 2, 4):
+            Path(folder, str(count)).mkdir()
+            in_processes(_write, 1, Path(folder, str(count)), count)
+        for _ in range(TURNS):
+            for (count, processes, decoded), turns in found.items():
+                turns.append(in_processes(_read, processes, Path(folder, str(count)), decoded))
+    return [
+        {
+            "shards": count,
+            "processes": processes,
+            "decoded": decoded,
+            "rows_of_each": [rows for rows, _ in turns[0]],
+            "rows_per_second": ROWS / min(max(seconds for _, seconds in turn) for turn in turns),
+        }
+        for (count, processes, decoded), turns in found.items()
+    ]
 
 
 def _shuffled(folder: Path, buffer_size: int) -> Any:
@@ -109,7 +142,7 @@ def resuming() -> list[dict[str, Any]]:
         the state cannot be gone on from.
     """
     with tempfile.TemporaryDirectory() as folder:
-        in_processes(_write, 1, Path(folder))
+        in_processes(_write, 1, Path(folder), SHARDS)
         return [_left_and_gone_on(name, Path(folder)) for name in READERS]
 
 
@@ -132,4 +165,4 @@ def _left_and_gone_on(name: str, place: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tell({"resuming": resuming})
+    tell({"resuming": resuming, "reading": reading})

@@ -259,10 +259,15 @@ def operations(folder: Path, tokenizer_name: str) -> dict[str, Any]:
     distinct = sum(prefixes.values()) + int(sizes.owns.sum())
     towers = tower_flops(folder)
     found: dict[str, Any] = {"image_tower_flops": towers, "questions": len(rows), "images": len(prefixes)}
-    case = Case(rows, image_token_id, budget=1024, row=512)
-    packed = figures(case, rows, tokenizer, distinct)
-    images = sum(len({rows[row]["image_index"] for row in batch}) for batch in case.batches)
-    found["sigphi, packed"] = packed["phi_2_gflop_a_question"] + towers["sigphi"] * images / len(rows) / 1e9
+    for name, setting, checkpointing in (
+        ("sigphi default", {"batch": 32, "row": 512}, True),
+        ("sigphi, 1,024 tokens a step", {"budget": 1024, "row": 512}, True),
+        ("sigphi, 1,024 tokens a step, no checkpointing", {"budget": 1024, "row": 512}, False),
+    ):
+        case = Case(rows, image_token_id, **setting)
+        step = figures(case, rows, tokenizer, distinct, checkpointing)
+        images = sum(len({rows[row]["image_index"] for row in batch}) for batch in case.batches)
+        found[name] = step["phi_2_gflop_a_question"] + towers["sigphi"] * images / len(rows) / 1e9
     lengths, answers = sizes.prefixes + sizes.owns, np.array([len(row["answer_ids"]) for row in rows])
     for name, size, checkpointing in (
         ("TRL default", 8, True),
