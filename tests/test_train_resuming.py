@@ -419,7 +419,7 @@ def test_a_signal_while_the_model_alone_is_saved_is_answered_by_a_whole_checkpoi
 # Several processes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["vlm", pytest.param("encoder", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["vlm", "encoder"])
 def test_two_processes_resume_within_the_second_epoch_bit_for_bit(stage, parts, tmp_path):
     options = {"per_device_train_batch_size": 8, "save_total_limit": None}
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

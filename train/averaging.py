@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -81,6 +82,18 @@ class WeightAverage(TrainerCallback):
         """Take the new weights into the average."""
         assert self.average is not None
         self.average.update_parameters(_Tensors(self.live))
+        self._share_statistics(list(self.average.module.buffers()))
+
+    @staticmethod
+    @torch.no_grad()
+    def _share_statistics(buffers: list[torch.Tensor]) -> None:
+        """Every process has BatchNorm's statistics of its own batches: the average is of the first one's, as saved."""
+        if not buffers or not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.broadcast(flat, 0)
+        for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

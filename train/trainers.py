@@ -370,7 +370,8 @@ class SiglipTrainer(_ArtifactTrainer):
         with self._averaged():
             super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
-        if self.averaging is not None and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
+        if self.averaging is not None and is_checkpoint and self.args.should_save:  # every process comes here
             self.averaging.save_live_weights(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
