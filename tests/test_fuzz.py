@@ -395,6 +395,23 @@ def test_a_tokenizer_of_a_larger_model_is_refused(vlm_folder, tokenizer):
         load_for_evaluation(str(vlm_folder))
 
 
+def test_a_tokenizer_whose_image_token_is_another_one_is_refused(vlm_folder):
+    path = vlm_folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    del content["model"]["vocab"]["z"]  # what was added behind the vocabulary moves by one
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="its tokenizer gives an image 0 of its model's 1 tokens"):
+        load_for_evaluation(str(vlm_folder))
+
+
+@pytest.mark.parametrize("token", ["x", 1.5, [0, "x"]])
+def test_a_token_that_ends_answers_and_is_no_number_is_refused(token, vlm_folder):
+    path = vlm_folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": token}))
+    with pytest.raises(UserError, match="generation_config.json has the eos_token_id .*no token's number"):
+        load_for_evaluation(str(vlm_folder))
+
+
 def test_code_that_a_folder_names_is_neither_run_nor_asked_about(vlm_folder, monkeypatch):
     class Asked:
         def readline(self, *args: Any) -> str:
@@ -424,6 +441,14 @@ def checkpoint(fuzz: Any, tmp_path: Path) -> Path:
 )
 def test_a_record_of_another_form_is_a_fault(record, checkpoint):
     (checkpoint / RECORD).write_text(record)
+    assert fault_of(checkpoint) == f"its {RECORD} or trainer_state.json cannot be read"
+
+
+@pytest.mark.parametrize(("name", "value"), [("log_history", {}), ("total_flos", []), ("global_step", "4")])
+def test_a_state_that_has_something_else_than_a_number_is_a_fault(name, value, checkpoint):
+    path = checkpoint / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    seal(checkpoint, {"options": {}})
     assert fault_of(checkpoint) == f"its {RECORD} or trainer_state.json cannot be read"
 
 

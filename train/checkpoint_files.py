@@ -97,8 +97,7 @@ def fault_of(folder: Path) -> str | None:
             if path.stat().st_size != size or file_digest(path) != digest:
                 return f"its file {name} is damaged"
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        if not isinstance(state.log_history, list):
-            raise ValueError("the log is no list")
+        _check_types(state)
         if state.global_step != step_of(folder):
             return f"it was renamed: its {TRAINER_STATE_NAME} is of step {printable(str(state.global_step))[:50]}"
         if not any(True for pattern in _OPTIMIZER for _ in folder.glob(pattern)):
@@ -110,6 +109,14 @@ def fault_of(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"its {RECORD} or {TRAINER_STATE_NAME} cannot be read"
     return None
+
+
+def _check_types(state: TrainerState) -> None:
+    """Raise a `ValueError` if the log is no list, or something else than a number stands where numbers are added."""
+    for name, default in vars(TrainerState()).items():
+        kind = int | float if isinstance(default, int | float) else list if name == "log_history" else object
+        if not isinstance(getattr(state, name), kind):
+            raise ValueError(f"its {name} is of another type")
 
 
 def _recorded_files(folder: Path) -> dict[str, tuple[int, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
 from sigphi.configuration.configuration_sigphi import SigPhiConfig
@@ -244,6 +244,25 @@ def check_processor(config: PreTrainedConfig, processor: Any, name: str) -> None
             f"{name}: its tokenizer has tokens up to {int(ids.max())}, its model reads {rows}. Save both from the "
             f"same run."
         )
+    if config.model_type == SigPhiConfig.model_type:
+        found = int((ids == config.image_token_id).sum())
+        if found != config.num_image_tokens:
+            raise UserError(
+                f"{name}: its tokenizer gives an image {found} of its model's {config.num_image_tokens} tokens. Save "
+                f"both from the same run."
+            )
+
+
+def check_generation(model: PreTrainedModel, name: str) -> None:
+    """Raise a [`UserError`] if a special token of the generation settings is no number that a token may have."""
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = getattr(model.generation_config, key)
+        for token in given if isinstance(given, list) else [given]:
+            if token is not None and (not isinstance(token, int) or abs(token) >= 2**31):
+                raise UserError(
+                    f"{name}: its generation_config.json has the {key} {printable(str(token))[:50]!r}, which is no "
+                    f"token's number. Put that of the tokenizer there."
+                )
 
 
 def check_token_counts(config: SigPhiConfig, processor: Any, name: str) -> None:
@@ -257,6 +276,7 @@ def check_token_counts(config: SigPhiConfig, processor: Any, name: str) -> None:
 
 
 __all__ = [
+    "check_generation",
     "check_processor",
     "check_token_counts",
     "check_weights_suffice",

@@ -23,6 +23,7 @@ from sigphi.train.answer_scores import judged_rows
 from sigphi.train.answering import check_compilable
 from sigphi.train.arguments import PairsArguments
 from sigphi.train.checkpoints import (
+    check_generation,
     check_processor,
     check_token_counts,
     check_weights_suffice,
@@ -60,6 +61,8 @@ def load_for_evaluation(name: str) -> tuple[PreTrainedModel, Any]:
         check_processor(config, processor, name)
         check_weights_suffice(name, config)
         model = _load_whole(name, config)
+        if config.model_type == SigPhiConfig.model_type:
+            check_generation(model, name)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return model.to(device).eval(), processor
 
