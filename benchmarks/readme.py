@@ -159,15 +159,18 @@ def vlm_speed_table() -> str:
         turns = f"{speed['least']:.2f} to {speed['most']:.2f}"
         lines += f"| {speed['of']} | {speed['to']} | {speed['median']:.2f} | {turns} | {memory['median']:.2f} |\n"
     machine, speeds = throughput["machine"], results["grid"]["questions_per_second"]
+    names = [name for name in operations if name.startswith(("sigphi", "TRL"))]
+    work = "".join(
+        f"| {name} | {operations[name]:.0f} | {operations[name] / operations['TRL default']:.2f} |\n" for name in names
+    )
     return (
         f"{lines}\nTRL fastest: {results['grid']['fastest']}, the best of {len(speeds)} settings "
         f"({min(speeds.values()):.1f} to {max(speeds.values()):.1f} questions/s). {machine['cores']} cores of an "
         f"{machine['processor']}, {throughput['turns']} turns; TRL {machine['trl']}, transformers "
         f"{machine['transformers']}, torch {machine['torch']}.\n\n"
-        f"Work of a question in training at the size of Phi-2, counted on tensors without data: "
-        f"{operations['sigphi, packed']:.0f} GFLOP with sigphi, {operations['TRL default']:.0f} with TRL as it comes, "
-        f"{operations['TRL, batches of 16, no checkpointing']:.0f} with TRL without gradient checkpointing "
-        f"(benchmarks/vlm.py).\n"
+        f"Work of a question in training at the size of Phi-2, counted on tensors without data "
+        f"(benchmarks/vlm.py):\n\n"
+        f"| training | GFLOP a question | of TRL's default |\n| --- | --- | --- |\n{work}"
     )
 
 
@@ -187,13 +190,42 @@ def generation_table() -> str:
     )
 
 
+# Types of questions that no class answers: they ask where in the image something is, or how it looks.
+LOOKS = ("background_color", "brighter_area", "brighter_half", "dominant_color", "brightness", "contrast", "vividness")
+
+
+def image_tokens_table() -> str:
+    """The VLMs of benchmarks/image_tokens.py."""
+    results = read("image_tokens")
+    lines = "| image tokens | class | all questions | image gain | looks | steps per second |\n"
+    lines += "| --- | --- | --- | --- | --- | --- |\n"
+    for tokens, one in results["num_image_tokens"].items():
+        looks = sum(one[f"accuracy/{kind}"] for kind in LOOKS) / len(LOOKS)
+        figures = (one["class_accuracy"], one["answer_accuracy"], one["image_gain"], looks)
+        cells = [f"{figure:.3f}" for figure in figures] + [f"{results['steps'] / one['train_seconds']:.2f}"]
+        lines += f"| {tokens} | {' | '.join(cells)} |\n"
+    one = next(iter(results["num_image_tokens"].values()))
+    majority = sum(one[f"majority/{kind}"] for kind in LOOKS) / len(LOOKS)
+    return (
+        f"{lines}\n{results['steps']:,} steps each on real CIFAR-10, scored on {one['test_images']:,} test images; "
+        f'the encoder\'s own zero-shot accuracy is {results["encoder_zero_shot_top1"]:.3f}. "Looks" is the mean '
+        f"accuracy on {len(LOOKS)} types of questions about colors, brightness and where they are; the commonest "
+        f"answers would get {majority:.3f} (benchmarks/image_tokens.py).\n"
+    )
+
+
 # File -> what stands between which marks.
 TABLES = {
     "README.md": {"results": table, "types": types_table},
     "docs/plan.md": {"memory": memory_table},
     "docs/encoder.md": {"speed": speed_table, "repeats": repeats_table},
     "docs/scale.md": scale_tables.TABLES,
-    "docs/vlm.md": {"recipes": vlm_recipes_table, "generation": generation_table, "speed": vlm_speed_table},
+    "docs/vlm.md": {
+        "recipes": vlm_recipes_table,
+        "image-tokens": image_tokens_table,
+        "speed": vlm_speed_table,
+        "generation": generation_table,
+    },
 }
 
 
