@@ -144,6 +144,40 @@ def resuming_table() -> str:
     )
 
 
+def training_table() -> str:
+    """What a second process, or a second thread, brings."""
+    cases = found("training")
+    rows = []
+    for one in cases:
+        over, speeds = sorted(one["over"]), sorted(one["images_per_second"])
+        turns = f"{over[0]:.2f} to {over[-1]:.2f}"
+        middle = len(over) // 2
+        rows.append(
+            [str(one["processes"]), str(one["threads"]), f"{speeds[middle]:.0f}", f"{over[middle]:.2f}", turns]
+        )
+    head = ["processes", "threads of each", "images/s", "over one of one", "turns"]
+    return (
+        f"{table(head, rows)}\n`--recipe cpu-small` on two cores, {cases[0]['batch']} images a step in all, drawn "
+        f"pictures, {len(cases[0]['over'])} turns (benchmarks/scale.py).\n"
+    )
+
+
+def reading_table() -> str:
+    """How many rows a second shards give."""
+    rows = [
+        [
+            str(one["shards"]),
+            str(one["processes"]),
+            "decoded" if one["decoded"] else "as files",
+            " + ".join(f"{count:,}" for count in one["rows_of_each"]),
+            f"{one['rows_per_second']:,.0f}",
+        ]
+        for one in found("reading")
+    ]
+    head = ["shards", "processes", "images", "rows of each", "rows/s"]
+    return f"{table(head, rows)}\nJPEG files of 64 pixels in parquet, the best of the turns (benchmarks/scale.py).\n"
+
+
 TABLES = {
     "sizes": sizes_table,
     "caches": caches_table,
@@ -151,4 +185,6 @@ TABLES = {
     "processes": processes_table,
     "loss": loss_table,
     "resuming": resuming_table,
+    "training": training_table,
+    "reading": reading_table,
 }

@@ -72,6 +72,22 @@ def test_bytes_as_a_person_reads_them(benchmarks, count, text):
     assert benchmarks.tables.size(count) == text
 
 
+def test_processes_read_each_row_once():
+    rows = RESULTS["reading"]["found"]
+    assert {(row["shards"], row["processes"]) for row in rows} == {(s, p) for s in (1, 2, 4) for p in (1, 2)}
+    for row in rows:
+        assert len(row["rows_of_each"]) == row["processes"] and sum(row["rows_of_each"]) == 2_000, row
+
+
+def test_speeds_are_compared_within_their_turn():
+    alone, *others = RESULTS["training"]["found"]
+    assert (alone["processes"], alone["threads"]) == (1, 1) and set(alone["over"]) == {1.0}
+    assert [(one["processes"], one["threads"]) for one in others] == [(1, 2), (2, 1)]
+    for one in others:
+        turns = zip(one["images_per_second"], alone["images_per_second"], strict=True)
+        assert one["over"] == pytest.approx([speed / base for speed, base in turns])
+
+
 @pytest.mark.slow
 def test_bytes_are_counted_anew_and_fit(benchmarks):
     in_own_network = benchmarks.processes.in_own_network
