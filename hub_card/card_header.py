@@ -66,7 +66,8 @@ def card_header(
 def _tags(config: dict[str, Any]) -> list[str]:
     if config["model_type"] == "siglip_resnet":
         return ["siglip", "resnet", "sigphi"]
-    return ["vision-language", "siglip", config["text_config"]["model_type"], "sigphi"]
+    language_model = config.get("text_config", {}).get("model_type")
+    return ["vision-language", "siglip", *([language_model] if language_model else []), "sigphi"]
 
 
 def header_yaml(fields: dict[str, Any], license: str, name: str, results: list[EvalResult]) -> str:
