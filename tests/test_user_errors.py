@@ -214,8 +214,6 @@ for command in (TRAIN_ENCODER, TRAIN_VLM):
             f"{command} --images {{none}} --input-csv {{good.csv}}",
             ["{none}", "synthetic"],
         ),
-    }
-    MISTAKES |= {
         f"options of no optimizer, {stage}": (
             f"{command} {DATA} --input-csv {{good.csv}} --optim-args abc",
             ["--optim-args abc", "name=value"],

@@ -29,8 +29,7 @@ from sigphi.train.qlora import only_trains, train_language_model
 logger = logging.getLogger(__name__)
 
 # Options that an adapter form has decided, and what PEFT calls them.
-_LORA_FIELDS = {name: name.removeprefix("lora_") for name in ("lora_r", "use_rslora", "use_dora")}
-_LORA_FIELDS |= {name: name for name in ("lora_alpha", "lora_dropout")}
+_LORA_FIELDS = {"lora_r": "r"} | {name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
 
 
 def settle(arguments: VlmModelArguments) -> VlmModelArguments:
