@@ -41,13 +41,19 @@ def text_config_from(value: dict[str, Any] | PreTrainedConfig | None) -> PreTrai
 @strict
 class SiglipResNetVisionConfig(ResNetConfig):
     r"""
-    Configuration of the image tower, a [`ResNetConfig`] with three more fields.
+    Configuration of the image tower, a [`ResNetConfig`] with four more fields.
 
     Args:
         stem (`str`, *optional*, defaults to `"imagenet"`):
             `"imagenet"` is the 7x7 stride-2 convolution and max pooling of ResNet (He et al., arXiv 1512.03385, table
             1), which reduces the image by 4. `"cifar"` is one 3x3 stride-1 convolution without pooling (section 4.2),
             for images of 32x32.
+        downsampling (`str`, *optional*, defaults to `"stride"`):
+            How a stage halves the feature map. `"stride"`: the first convolution and that of the shortcut move by two
+            cells (He et al., table 1), so that the latter never sees three cells in four. `"pool"`: both move by one
+            cell; the largest of 2x2 cells is taken behind the first, and the mean of 2x2 cells ahead of the
+            shortcut's (as in ResNet-D, He et al., arXiv 1812.01187, figure 2c). Small towers learn more from an epoch
+            by it, and each takes longer. The same weights fit both.
         image_size (`int`, *optional*, defaults to `224`):
             Height and width of the input in pixels.
         projection_dim (`int`, *optional*, defaults to `512`):
@@ -58,6 +64,7 @@ class SiglipResNetVisionConfig(ResNetConfig):
     base_config_key = "vision_config"
 
     stem: str = "imagenet"
+    downsampling: str = "stride"
     image_size: int = 224
     projection_dim: int = 512
 
@@ -65,6 +72,11 @@ class SiglipResNetVisionConfig(ResNetConfig):
         """Check that `stem` is one that the tower knows."""
         if self.stem not in ("imagenet", "cifar"):
             raise ValueError(f"`stem` must be 'imagenet' or 'cifar', got {self.stem!r}.")
+
+    def validate_downsampling(self) -> None:
+        """Check that `downsampling` is one that the tower knows."""
+        if self.downsampling not in ("stride", "pool"):
+            raise ValueError(f"`downsampling` must be 'stride' or 'pool', got {self.downsampling!r}.")
 
     def validate_sizes(self) -> None:
         """Check that there is at least one of everything that the tower counts."""

@@ -199,6 +199,36 @@ class OneCellConv2d(nn.Conv2d):
         return output[:, :, None, None]  # (images, out_channels, 1, 1)
 
 
+class MaxPooledConv2d(OneCellConv2d):
+    """A convolution that moves by one cell, and the largest of 2x2 of its cells, over what is left at odd borders."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(super().forward(input), kernel_size=2, ceil_mode=True)  # (images, out, h / 2, w / 2)
+
+
+class AveragePooledConv2d(OneCellConv2d):
+    """A convolution that moves by one cell, of the mean of 2x2 cells, over what is left at odd borders."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.avg_pool2d(input, kernel_size=2, ceil_mode=True))  # (images, out, h / 2, w / 2)
+
+
+def choose_convolution(convolution: nn.Conv2d, downsampling: str) -> None:
+    """
+    Make a convolution of a ResNet's stage one of the classes above, which have the same parameters by the same names.
+
+    Args:
+        convolution (`nn.Conv2d`): changed in place.
+        downsampling (`str`): see [`SiglipResNetVisionConfig`].
+    """
+    is_pooled = downsampling == "pool" and convolution.stride == (2, 2)
+    if not is_pooled:
+        convolution.__class__ = OneCellConv2d
+        return
+    convolution.stride = (1, 1)
+    convolution.__class__ = AveragePooledConv2d if convolution.kernel_size == (1, 1) else MaxPooledConv2d
+
+
 @contextlib.contextmanager
 def keep_batch_norm_statistics(module: nn.Module) -> Iterator[None]:
     """Within it, a forward pass of `module` in training mode leaves the running statistics as they are.
@@ -241,7 +271,7 @@ class SiglipResNetVisionModel(ResNetModel):
             self.embedder = SiglipResNetSmallStem(config)
         for module in self.encoder.modules():
             if type(module) is nn.Conv2d:
-                module.__class__ = OneCellConv2d  # the same parameters by the same names, computed otherwise
+                choose_convolution(module, config.downsampling)
         self.projection = nn.Linear(config.hidden_sizes[-1], config.projection_dim)
         self.gradient_checkpointing = False
         self.post_init()
@@ -550,6 +580,8 @@ class SiglipResNetModel(SiglipResNetPreTrainedModel):
 
 
 __all__ = [
+    "AveragePooledConv2d",
+    "MaxPooledConv2d",
     "OneCellConv2d",
     "ScaleKeepingLinear",
     "SiglipResNetModel",

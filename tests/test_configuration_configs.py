@@ -128,6 +128,7 @@ def test_the_image_tower_projects_to_the_encoder_s_size():
     ("make", "message"),
     [
         (lambda: SiglipResNetVisionConfig(stem="vit"), "`stem` must be 'imagenet' or 'cifar', got 'vit'"),
+        (lambda: SiglipResNetVisionConfig(downsampling="x"), "`downsampling` must be 'stride' or 'pool', got 'x'"),
         (lambda: SiglipResNetConfig(text_pooling="max"), "`text_pooling` must be 'last' or 'mean', got 'max'"),
         (
             lambda: SiglipResNetConfig(vision_config={"projection_dim": 3}, projection_dim=4),
@@ -177,7 +178,8 @@ def test_a_config_that_became_wrong_is_not_saved(tmp_path):
 @pytest.mark.parametrize("image_size", [17, 32, 45])
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
 @pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
-def test_grid_size_is_that_of_the_last_feature_map(layer_type, stem, image_size, depths, downsample):
+@pytest.mark.parametrize("downsampling", ["stride", "pool"])
+def test_grid_size_is_that_of_the_last_feature_map(downsampling, layer_type, stem, image_size, depths, downsample):
     config = SiglipResNetVisionConfig(
         embedding_size=4,
         hidden_sizes=[8] * len(depths),
@@ -187,6 +189,7 @@ def test_grid_size_is_that_of_the_last_feature_map(layer_type, stem, image_size,
         image_size=image_size,
         projection_dim=4,
         downsample_in_first_stage=downsample,
+        downsampling=downsampling,
     )
     # On the meta device, where only sizes are computed.
     with torch.device("meta"):

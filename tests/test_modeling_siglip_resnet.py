@@ -24,6 +24,8 @@ from transformers import (
 from sigphi import SiglipResNetModel, sigmoid_loss
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetVisionConfig
 from sigphi.modeling.modeling_siglip_resnet import (
+    AveragePooledConv2d,
+    MaxPooledConv2d,
     OneCellConv2d,
     SiglipResNetVisionModel,
     pairwise_logits,
@@ -282,6 +284,57 @@ def test_a_convolution_to_one_cell_equals_its_naive_twin(
     assert (expected.shape[-2:] == (1, 1)) is has_one_cell
     monkeypatch.setattr(nn.Conv2d, "forward", lambda self, input: None)
     assert (convolution(pixels) is None) is not has_one_cell
+
+
+@pytest.mark.parametrize("kind", [MaxPooledConv2d, AveragePooledConv2d])
+@pytest.mark.parametrize(
+    ("height", "width", "kernel"), [(6, 4, 3), (5, 3, 3), (5, 6, 1), (3, 3, 1), (1, 2, 3), (1, 1, 1)]
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_pooled_convolution_equals_its_naive_twin(kind, height, width, kernel, memory_format):
+    convolution = kind(3, 5, kernel, 1, kernel // 2).double().to(memory_format=memory_format)
+    pixels = torch.randn(2, 3, height, width, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    leaves = (pixels, convolution.weight, convolution.bias)
+
+    def convolve(cells):
+        return F.conv2d(cells, *leaves[1:], padding=kernel // 2)
+
+    def halve(cells, reduce):
+        rows = [
+            torch.stack([reduce(cells[:, :, i : i + 2, j : j + 2], (2, 3)) for j in range(0, cells.shape[3], 2)], 2)
+            for i in range(0, cells.shape[2], 2)
+        ]
+        return torch.stack(rows, 2)
+
+    is_max = kind is MaxPooledConv2d
+    expected = halve(convolve(pixels), torch.amax) if is_max else convolve(halve(pixels, torch.mean))
+    assert expected.shape == (2, 5, (height + 1) // 2, (width + 1) // 2)
+    direction = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad(expected, leaves, direction)
+    output = convolution(pixels)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(output, leaves, direction), expected_gradients, rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+def test_every_stage_that_halves_its_map_pools_where_it_would_stride(layer_type):
+    shape = {"layer_type": layer_type, "hidden_sizes": [8, 16], "embedding_size": 8, "depths": [2, 2], "stem": "cifar"}
+    shape |= {"image_size": 16, "downsample_in_first_stage": True}
+    striding = SiglipResNetVisionModel(SiglipResNetVisionConfig(**shape))
+    pooling = SiglipResNetVisionModel(SiglipResNetVisionConfig(**shape, downsampling="pool"))
+    pooling.load_state_dict(striding.state_dict())
+    pooled = {name: type(module) for name, module in pooling.named_modules() if "Pooled" in type(module).__name__}
+    strided = {name for name, module in striding.named_modules() if getattr(module, "stride", None) == (2, 2)}
+    assert pooled.keys() == strided and len(pooled) == 4
+    assert {name for name, kind in pooled.items() if kind is AveragePooledConv2d} == {
+        f"encoder.stages.{stage}.layers.0.shortcut.convolution" for stage in (0, 1)
+    }
+    pixels = torch.randn(2, 3, 16, 16)
+    maps = [tower.eval()(pixels).last_hidden_state for tower in (striding, pooling)]
+    assert maps[0].shape == maps[1].shape == (2, 16, 4, 4)
+    assert not torch.allclose(*maps)
 
 
 def test_a_convolution_to_no_cell_is_an_error():

@@ -145,6 +145,7 @@ def test_the_optimizers_of_bitsandbytes_need_it(monkeypatch, tmp_path):
         (DataArguments, {"input_csv": "a", "image_split": "val"}, "--image-split must .*train, test, got 'val'"),
         (DataArguments, {"input_csv": "a", "on_faulty_answers": "x"}, "--on-faulty-answers must .*'x'"),
         (SiglipModelArguments, {"stem": "x"}, "--stem must .*'x'"),
+        (SiglipModelArguments, {"downsampling": "x"}, "--downsampling must .*'x'"),
         (SiglipModelArguments, {"layer_type": "x"}, "--layer-type must .*'x'"),
         (SiglipModelArguments, {"text_pooling": "x"}, "--text-pooling must .*'x'"),
         (SiglipModelArguments, {"depths": [1]}, r"--hidden-sizes and --depths .*\[1\]"),

@@ -32,8 +32,8 @@ BITSANDBYTES_OPTIMIZERS = (
 
 
 # The image tower of a new encoder: a ResNet-50.
-_SHAPE: dict[str, Any] = {"layer_type": "bottleneck", "embedding_size": 64, "downsample_in_first_stage": False}
-_SHAPE |= {"hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3]}
+_SHAPE: dict[str, Any] = {"layer_type": "bottleneck", "embedding_size": 64, "hidden_sizes": [256, 512, 1024, 2048]}
+_SHAPE |= {"depths": [3, 4, 6, 3], "downsample_in_first_stage": False, "downsampling": "stride"}
 
 
 @dataclass
@@ -151,6 +151,11 @@ class SiglipModelArguments:
         help="Halve the feature map in the first stage too, as in all others: less work for small images.",
         default=_SHAPE["downsample_in_first_stage"],
     )
+    downsampling: str = HfArg(
+        help="How a stage halves the feature map: 'stride', or 'pool' (at stride 1, then by pooling): more work for "
+        "each image, and small towers learn more from it.",
+        default=_SHAPE["downsampling"],
+    )
     stem: str = HfArg(help="'cifar' (3x3, for 32-pixel images) or 'imagenet' (7x7 and pooling).", default="cifar")
     whiten_stem: bool = HfArg(
         help="Start the stem as the principal directions of the training images' patches, at unit variance and with "
@@ -193,6 +198,7 @@ class SiglipModelArguments:
     def __post_init__(self) -> None:
         one_of("--layer-type", self.layer_type, ("bottleneck", "basic"))
         one_of("--stem", self.stem, ("cifar", "imagenet"))
+        one_of("--downsampling", self.downsampling, ("stride", "pool"))
         one_of("--text-pooling", self.text_pooling, ("last", "mean"))
         one_of("--text-cache", self.text_cache, ("auto", "on", "off"))
         one_of("--text-tower-dtype", self.text_tower_dtype, ("float32", "bfloat16", "nf4"))

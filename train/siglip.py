@@ -168,11 +168,13 @@ def _vision_config(arguments: SiglipModelArguments) -> SiglipResNetVisionConfig:
             hidden_sizes=arguments.hidden_sizes,
             depths=arguments.depths,
             downsample_in_first_stage=arguments.downsample_in_first_stage,
+            downsampling=arguments.downsampling,
             **shape,
         )
     pretrained = read_config(arguments.vision_model, "--vision-model", "resnet", SiglipResNetVisionConfig.model_type)
     names = ["layer_type", "embedding_size", "hidden_sizes", "depths", "hidden_act", "num_channels"]
     names += ["downsample_in_first_stage", "downsample_in_bottleneck"]
+    names += ["downsampling"] if isinstance(pretrained, SiglipResNetVisionConfig) else []
     return SiglipResNetVisionConfig(**{name: getattr(pretrained, name) for name in names}, **shape)
 
 
