@@ -42,7 +42,7 @@ from sigphi.train.precision import tower_dtype, weights_dtype
 from sigphi.train.qlora import build_vlm
 from sigphi.train.text_tower import TEXTS_A_BATCH, TOKENS_A_BATCH
 from sigphi.train.trainers import SiglipTrainer, tower_inputs
-from sigphi.train.whitening import whiten_text_projection
+from sigphi.train.whitening import freeze_stem, whiten_text_projection
 
 # What `encode_images` takes at once, and the longest answer that an evaluation asks for.
 ENCODED_AT_ONCE = 256
@@ -308,7 +308,7 @@ def _encoder_to_train(setup: SiglipSetup, text: PreTrainedConfig) -> SiglipResNe
     text_tower: Any = model.text_model.language_model
     text_tower.requires_grad_(setup.model.train_text_tower)
     if setup.model.whiten_stem:
-        model.vision_model.embedder.requires_grad_(False)
+        freeze_stem(model.vision_model)
     return model
 
 

@@ -7,7 +7,6 @@ sigphi data build --images uoft-cs/cifar10 --image-split train --output qa.csv
 
 import csv
 import logging
-import os
 import random
 import sys
 from collections.abc import Collection, Sequence
@@ -17,6 +16,7 @@ from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
+from sigphi.hub_card.files import written_aside
 from sigphi.train.errors import UserError
 from sigphi.train.facts import ImageFacts, batch_facts
 from sigphi.train.images import decode_images, load_images
@@ -99,15 +99,11 @@ def _csv_row(index: int, split: str, facts: ImageFacts, questions: Sequence[Ques
 
 def _write_csv(output: Path, rows: Sequence[Sequence[str | int]]) -> None:
     header = ["Dataset_Index", "Split", "Class_Label", *(f"{letter}{pair}" for pair in PAIRS for letter in "QATS")]
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        with unfinished.open("w", newline="", encoding="utf-8") as file:
+        with written_aside(output) as aside, aside.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([header, *rows])
-        os.replace(unfinished, output)
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror}.") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 @dataclass

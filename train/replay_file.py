@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import TrainingArguments
 
+from sigphi.hub_card.files import written_aside
 from sigphi.train.averaging import averaged_tensors
 from sigphi.train.errors import UserError
 from sigphi.train.nonfinite import Finding, Step, tensors_of
@@ -69,11 +69,10 @@ def write_replay(path: Path, replay: Replay) -> None:
         "cause": finding.cause,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
     # Clones, since tensors that share memory have no place in such a file.
     cloned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in content.items()}
-    save_file(cloned, scratch, metadata={"sigphi_replay": json.dumps(about, default=str)})
-    os.replace(scratch, path)
+    with written_aside(path) as aside:
+        save_file(cloned, aside, metadata={"sigphi_replay": json.dumps(about, default=str)})
 
 
 def _plain_values(batch: dict[str, Any]) -> dict[str, Any]:

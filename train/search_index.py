@@ -9,7 +9,6 @@ sigphi search build own.index --encoder outputs/own --dataset captions --image-c
 import hashlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from sigphi.configuration.configuration_siglip_resnet import SiglipResNetConfig
+from sigphi.hub_card.files import written_aside
 from sigphi.modeling.modeling_siglip_resnet import SiglipResNetModel
 from sigphi.processing.processing_siglip_resnet import SiglipResNetProcessor
 from sigphi.train.arguments import refuse_other_source
@@ -156,18 +156,15 @@ def build_index(
     )
     schema = _schema(model.config.projection_dim).with_metadata({_METADATA_KEY: json.dumps(asdict(facts))})
     broken: list[str] = []
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        with pq.ParquetWriter(unfinished, schema) as writer:
-            for batch in _batches(pictures, model, processor, batch_size, broken if skip_broken else None):
-                writer.write_batch(pa.RecordBatch.from_pydict(batch, schema=schema))
-        if len(broken) == len(pictures.names):
-            raise UserError(f"{images}: none of its {len(broken)} pictures can be read.")
-        os.replace(unfinished, output)
+        with written_aside(output) as aside:
+            with pq.ParquetWriter(aside, schema) as writer:
+                for batch in _batches(pictures, model, processor, batch_size, broken if skip_broken else None):
+                    writer.write_batch(pa.RecordBatch.from_pydict(batch, schema=schema))
+            if len(broken) == len(pictures.names):
+                raise UserError(f"{images}: none of its {len(broken)} pictures can be read.")
     except OSError as error:
         raise UserError(f"INDEX {output} cannot be written: {error.strerror}.") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     return len(pictures.names) - len(broken), broken
 
 

@@ -50,7 +50,7 @@ from sigphi.train.resumable import check_output_dir, sole_folder
 from sigphi.train.sharding import SAVE_TEXT_TOWER, check_options
 from sigphi.train.text_tower import cached_text_features, text_tower_of, token_ids
 from sigphi.train.trainers import SiglipTrainer
-from sigphi.train.whitening import whiten_stem, whiten_text_projection
+from sigphi.train.whitening import freeze_stem, whiten_stem, whiten_text_projection
 
 logger = logging.getLogger(__name__)
 
@@ -302,8 +302,7 @@ def encoder_to_train(
     """[`build_encoder`], laid out in memory as training wants it, with what stays as it is frozen."""
     model = build_encoder(model_arguments, config, arguments.device)
     if model_arguments.whiten_stem:
-        # The norm behind the kernels stays too, so that no gradient has to reach what is widest.
-        model.vision_model.embedder.requires_grad_(False)
+        freeze_stem(model.vision_model)
     if arguments.channels_last:
         model.vision_model.to(memory_format=torch.channels_last)
     return model

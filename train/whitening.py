@@ -53,6 +53,11 @@ def whiten_stem(vision_model: SiglipResNetVisionModel, pixel_values: torch.Tenso
     convolution.weight.copy_(torch.cat([kernels, -kernels]))
 
 
+def freeze_stem(vision_model: SiglipResNetVisionModel) -> None:
+    """Keep a stem as [`whiten_stem`] made it, and the norm behind it too: no gradient has to reach what is widest."""
+    vision_model.embedder.requires_grad_(False)
+
+
 def _whitening(parts: Callable[[], Iterable[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """
     What gives centred rows all principal directions at unit variance.
@@ -75,4 +80,4 @@ def _whitening(parts: Callable[[], Iterable[torch.Tensor]]) -> tuple[torch.Tenso
     return mean, scale[:, None] * directions.t()
 
 
-__all__ = ["whiten_stem", "whiten_text_projection"]
+__all__ = ["freeze_stem", "whiten_stem", "whiten_text_projection"]
