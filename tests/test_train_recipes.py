@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TOY_IMAGES, Originals
 from transformers import ResNetConfig, ResNetModel
 
 from sigphi import SiglipResNetModel, SiglipResNetProcessor
+from sigphi.configuration.configuration_siglip_resnet import SiglipResNetVisionConfig
+from sigphi.modeling.modeling_siglip_resnet import SiglipResNetVisionModel
 from sigphi.train import siglip, vlm
+from sigphi.train.arguments import SiglipModelArguments
 
 TOWER = ["--embedding-size", "8", "--hidden-sizes", "8", "16", "--depths", "1", "1"]
 
@@ -40,6 +44,18 @@ def test_a_recipe_trains_a_tiny_tower(recipe, resnet, toy_csv, toy_base, tmp_pat
     assert 0 <= json.loads((folder / "eval_results.json").read_text())["zero_shot_top1"] <= 1
     vision = SiglipResNetModel.from_pretrained(folder).config.vision_config
     assert (vision.stem, vision.hidden_sizes) == ("imagenet" if "224" in recipe else "cifar", [8, 16])
+
+
+@pytest.mark.parametrize("downsampling", ["stride", "pool"])
+def test_a_tower_to_start_from_goes_on_as_it_was_trained(downsampling, toy_base, tmp_path):
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "image_size": 32}
+    tower = SiglipResNetVisionModel(SiglipResNetVisionConfig(**shape, downsampling=downsampling)).eval()
+    tower.save_pretrained(tmp_path / "tower")
+    arguments = SiglipModelArguments(vision_model=str(tmp_path / "tower"), text_model=str(toy_base), stem="imagenet")
+    model = siglip.build_encoder(arguments, siglip.encoder_config(arguments)).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model.vision_model(pixels).pooler_output, tower(pixels).pooler_output)
 
 
 @pytest.mark.parametrize("recipe", vlm.RECIPES, ids=lambda path: path.stem)
