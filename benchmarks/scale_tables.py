@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
@@ -149,12 +150,9 @@ def training_table() -> str:
     cases = found("training")
     rows = []
     for one in cases:
-        over, speeds = sorted(one["over"]), sorted(one["images_per_second"])
-        turns = f"{over[0]:.2f} to {over[-1]:.2f}"
-        middle = len(over) // 2
-        rows.append(
-            [str(one["processes"]), str(one["threads"]), f"{speeds[middle]:.0f}", f"{over[middle]:.2f}", turns]
-        )
+        speed, over = median(one["images_per_second"]), one["over"]
+        turns = f"{min(over):.2f} to {max(over):.2f}"
+        rows.append([str(one["processes"]), str(one["threads"]), f"{speed:.0f}", f"{median(over):.2f}", turns])
     head = ["processes", "threads of each", "images/s", "over one of one", "turns"]
     return (
         f"{table(head, rows)}\n`--recipe cpu-small` on two cores, {cases[0]['batch']} images a step in all, drawn "

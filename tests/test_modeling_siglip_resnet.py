@@ -251,6 +251,14 @@ def test_the_default_image_tower_has_resnet_50_s_weights():
     assert sum(parameter.numel() for parameter in resnet.parameters()) == 25_557_032 - 2_049_000
 
 
+def assert_equals_twin(output, expected, leaves):
+    """Values and gradients of float64, to rounding."""
+    direction = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(values, leaves, direction) for values in (output, expected)]
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("height", "width", "kernel", "stride", "has_one_cell"),
     [
@@ -274,13 +282,7 @@ def test_a_convolution_to_one_cell_equals_its_naive_twin(
     pixels = torch.randn(2, 3, height, width, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
     leaves = (pixels, convolution.weight, convolution.bias)
     expected = F.conv2d(*leaves, stride=stride, padding=kernel // 2)
-    direction = torch.randn_like(expected)
-    expected_gradients = torch.autograd.grad(expected, leaves, direction)
-    output = convolution(pixels)
-    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(
-        torch.autograd.grad(output, leaves, direction), expected_gradients, rtol=1e-12, atol=1e-12
-    )
+    assert_equals_twin(convolution(pixels), expected, leaves)
     assert (expected.shape[-2:] == (1, 1)) is has_one_cell
     monkeypatch.setattr(nn.Conv2d, "forward", lambda self, input: None)
     assert (convolution(pixels) is None) is not has_one_cell
@@ -309,13 +311,7 @@ def test_a_pooled_convolution_equals_its_naive_twin(kind, height, width, kernel,
     is_max = kind is MaxPooledConv2d
     expected = halve(convolve(pixels), torch.amax) if is_max else convolve(halve(pixels, torch.mean))
     assert expected.shape == (2, 5, (height + 1) // 2, (width + 1) // 2)
-    direction = torch.randn_like(expected)
-    expected_gradients = torch.autograd.grad(expected, leaves, direction)
-    output = convolution(pixels)
-    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(
-        torch.autograd.grad(output, leaves, direction), expected_gradients, rtol=1e-12, atol=1e-12
-    )
+    assert_equals_twin(convolution(pixels), expected, leaves)
 
 
 @pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
